@@ -1,0 +1,893 @@
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "ale-py==0.12.1",
+#     "gymnasium==1.4.0",
+#     "moviepy==2.2.1",
+#     "numpy==2.4.6",
+#     "opencv-python-headless==5.0.0.93",
+#     "psutil==7.2.2",
+#     "pygame==2.6.1",
+#     "stable-baselines3==2.9.2",
+#     "tensorboard==2.21.0",
+#     "torch==2.13.0",
+#     "tqdm==4.70.1",
+#     "tyro==1.0.16",
+# ]
+# ///
+"""DQN on Atari: deep Q-learning from pixels.
+
+TODO docstring
+"""
+
+import copy
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import ale_py  # importing it registers the Atari ids, in the workers too
+import cv2
+import gymnasium as gym
+import numpy as np
+import psutil
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from tqdm import tqdm
+
+# === Arguments ========================================================================================================
+
+
+@dataclass
+class Args:
+    """DQN (Mnih et al. 2015) for Atari games, from pixels."""
+
+    # run
+    env_id: str = "BreakoutNoFrameskip-v4"  # an Atari id: {Game}NoFrameskip-v4, or ALE/{Game}-v5 for sticky actions
+    seed: int = 1  # of the network, the exploration, the replay memory and the environments
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto takes the GPU where there is one
+    run_dir: str = ""  # where to write the run (default: runs/{env}__{script}__{seed}__{time})
+    checkpoint_every: int = 250_000  # transitions between checkpoints
+    checkpoint_memory: bool = False  # write the replay memory too: 7 GB for a million transitions
+    resume: str = ""  # a run directory: continue where it stopped
+    play: str = ""  # a checkpoint: evaluate it, without training
+    render: bool = False  # show environment 0 in a window
+    video: bool = False  # film an episode of the best network into the run's videos/
+    track: Literal["none", "swanlab", "wandb"] = "none"  # mirror TensorBoard to a tracker
+    track_project: str = "dqn"  # the tracker's project
+
+    # environment
+    num_envs: int = 8  # games that are played side by side
+    vec_env: Literal["dummy", "subproc"] = "subproc"  # all in this process, or one process each
+    time_limit: int | None = None  # steps per game in place of the emulator's own limit (27,000); -1 removes it
+
+    # algorithm
+    total_timesteps: int = 10_000_000  # transitions, summed over the environments; 4 emulator frames each
+    target_return: float | None = None  # end the run once the last 100 training games have this mean score
+    learning_starts: int = 80_000  # transitions before the first gradient step
+    train_frequency: int = 4  # transitions per gradient step
+    target_frequency: int = 1_000  # transitions per update of the target network
+    tau: float = 1.0  # share of the online network in that update; 1 copies it whole
+    gamma: float = 0.99  # discount per step
+    buffer_size: int = 1_000_000  # transitions in the replay memory; 7 kB each
+    batch_size: int = 32  # transitions per gradient step
+
+    # exploration
+    epsilon_start: float = 1.0  # probability of a random action at the start
+    epsilon_end: float = 0.01  # and at the end of the schedule
+    exploration_steps: int = 1_000_000  # transitions: length of the linear schedule, time constant of the exponential
+    epsilon_schedule: Literal["linear", "exponential"] = "linear"  # the way from start to end
+
+    # optimisation
+    optimizer: Literal["adam", "rmsprop"] = "adam"
+    learning_rate: float = 1e-4  # step size of the optimiser
+    rmsprop_alpha: float = 0.95  # smoothing of RMSProp's mean square
+    rmsprop_eps: float = 1e-2  # added outside the square root; DeepMind's RMSProp adds it inside
+    loss: Literal["mse", "huber"] = "huber"  # of the TD error; huber is what the paper calls clipping the error
+    max_grad_norm: float = 0.0  # clips the global norm of the gradient; 0 does not
+    max_grad_value: float = 0.0  # clips each entry of the gradient; 0 does not
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is faster where the processor has it
+
+    # evaluation
+    eval_every: int = 250_000  # transitions between evaluations
+    eval_episodes: int = 5  # whole games per evaluation
+    eval_epsilon: float = 0.01  # probability of a random action in an evaluation
+    final_eval_episodes: int = 30  # whole games of the final and of the best network, on other seeds
+
+    def __post_init__(self):
+        check_args(self)
+        require(self, "batch_size", self.batch_size <= self.buffer_size, "give at most --buffer-size")
+        require(self, "learning_starts", self.learning_starts < self.total_timesteps, "give less than the total")
+        require(self, "learning_starts", self.learning_starts >= self.num_envs, "give at least --num-envs")
+        needed, free = (
+            self.buffer_size * 7072 / 1e9,
+            psutil.virtual_memory().available / 1e9,
+        )  # GB; 84 * 84 bytes and 16
+        fits = f"takes {needed:.1f} GB where {free:.1f} GB are free; {int(free * 0.9e9 / 7072)} transitions would fit"
+        require(self, "buffer_size", needed < free, fits)
+
+
+# === Environment ======================================================================================================
+
+
+class AtariGame(gym.Wrapper):
+    """A game as the agent meets it: one 84x84 grey frame and one reward for every 4 emulator frames.
+
+    The preprocessing of the Nature paper (Mnih et al., 2015, Methods), in one class so that its order can be read.
+    It drives the emulator itself, for speed: a full RGB screen is fetched for 2 of 4 frames, and wrappers below this
+    one see no steps. Stacking 4 observations is left to the main process, so a quarter of the bytes cross the pipe.
+
+    training=True   an episode is one life, the reward its sign (-1, 0 or 1)
+    training=False  an episode is a whole game, the reward the raw score gained
+
+    Where a game (not a life) ended since the last step, info["episode"] holds its raw score "r" and its length "l"
+    in emulator frames, no-ops included.
+    """
+
+    def __init__(self, env: gym.Env, training: bool) -> None:
+        super().__init__(env)
+        self.training = training
+        self.ale = env.unwrapped.ale
+        meanings = env.unwrapped.get_action_meanings()
+        self.actions = [ale_py.Action[meaning] for meaning in meanings]
+        # Some games wait for FIRE, some for a direction after it (action 2).
+        self.start_actions = [1, 2] if meanings[1] == "FIRE" else []
+        self.screens = np.zeros((2, *self.ale.getScreenDims(), 3), np.uint8)  # the last two emulator frames
+        self.grey = np.zeros(self.ale.getScreenDims(), np.uint8)
+        self.observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
+        self.metadata = {**env.metadata, "render_fps": 15}  # 60 emulator frames per second, 4 per step
+        self.score = 0  # raw, of the current game
+        self.lives = 0
+        self.game_over = True
+        self.finished: dict | None = None  # statistics of a game that ended and was not yet reported
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        reward, terminated, truncated = self._repeat(action)
+        info = {}
+        if self.finished:
+            info["episode"], self.finished = self.finished, None
+        if self.training:
+            reward = np.sign(reward)
+        return self._observe(), float(reward), terminated, truncated, info
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Begin an episode; in training the next life of the same game, unless that is over or a seed is given."""
+        if seed is not None:
+            self.game_over = True
+        self._next_episode(seed, options)
+        for action in self.start_actions:
+            _, terminated, truncated = self._repeat(action)
+            if terminated or truncated:
+                self._next_episode()
+        return self._observe(), {}
+
+    def render(self) -> np.ndarray | None:
+        # Every fourth screen alone would hide what a game draws on alternate frames only.
+        return self.screens.max(axis=0) if self.render_mode == "rgb_array" else self.env.render()
+
+    def _repeat(self, action: int) -> tuple[int, bool, bool]:
+        """Hold an action for 4 emulator frames; returns the raw reward, terminated, truncated."""
+        reward = 0
+        for frame in range(4):
+            reward += self.ale.act(self.actions[action])
+            if frame >= 2:
+                self.ale.getScreenRGB(self.screens[frame - 2])
+            if self.ale.game_over():
+                break
+        if frame < 3:  # the game ended early, and the screens are older than its end
+            self.screens[:] = self.ale.getScreenRGB()
+        terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
+        self.score += reward
+        self.game_over = terminated or truncated
+        if self.game_over:
+            self.finished = {"r": float(self.score), "l": self.ale.getEpisodeFrameNumber()}
+        lives = self.ale.lives()
+        # Some games (Qbert) show 0 lives for a while before they are over: their end alone is the last life's.
+        if self.training and 0 < lives < self.lives:
+            terminated = True
+        self.lives = lives
+        return reward, terminated, truncated
+
+    def _next_episode(self, seed: int | None = None, options: dict | None = None) -> None:
+        if self.training and not self.game_over:
+            self._repeat(0)  # after a lost life the game goes on: one no-op moves past the loss
+            if not self.game_over:
+                return
+        self.env.reset(seed=seed, options=options)
+        self.score = 0
+        for _ in range(self.env.unwrapped.np_random.integers(1, 31)):
+            self.score += self.ale.act(self.actions[0])  # no-op
+            if self.ale.game_over():
+                self.env.reset()
+                self.score = 0
+        self.screens[:] = self.ale.getScreenRGB()
+        self.lives = self.ale.lives()
+        self.game_over = False
+
+    def _observe(self) -> np.ndarray:
+        """(84, 84) uint8, a new array. The Atari draws some sprites on every other frame only: hence the maximum."""
+        np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
+        cv2.cvtColor(self.screens[0], cv2.COLOR_RGB2GRAY, dst=self.grey)
+        return cv2.resize(self.grey, (84, 84), interpolation=cv2.INTER_AREA)
+
+
+def make_env(args: Args, evaluation: bool = False, render_mode: str | None = None, video_dir: Path | None = None):
+    """Return one Atari game whose observation is one frame, (84, 84) uint8; raise ValueError for what is not Atari.
+
+    Any frame skip of the id gives way to AtariGame's. Sticky actions stay as the id has them: in ALE/*-v5 the emulator
+    repeats the last action with probability 0.25, drawn anew at every frame.
+    """
+    cv2.setNumThreads(1)  # OpenCV would start a thread per core in every worker
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from each of them
+    options = {"frameskip": 1, "render_mode": render_mode, "disable_env_checker": True}
+    if args.time_limit is not None and not (evaluation and args.time_limit == -1):  # an evaluation has to end
+        options["max_num_frames_per_episode"] = max(0, 4 * args.time_limit)  # 0: no limit
+    if "AtariEnv" not in str(gym.spec(args.env_id).entry_point):
+        raise ValueError("this is no Atari game; give an id such as BreakoutNoFrameskip-v4 or ALE/Pong-v5")
+    env = AtariGame(gym.make(args.env_id, **options), training=not evaluation)
+    if video_dir is not None:
+        env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda episode: episode == 0)
+    return env
+
+
+def make_worker_env(args: Args, render_mode: str | None = None):
+    """make_env for a worker process of SubprocVecEnv."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the main one decides what it means
+    torch.set_num_threads(1)  # n workers with a thread per core each would fight for the cores
+    return make_env(args, render_mode=render_mode)
+
+
+def make_envs(args: Args):
+    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, *obs_shape), rewards and dones (num_envs,).
+
+    A VecEnv resets an environment inside the step that ends its episode. It then returns the first observation of the
+    next episode, and the one that ended the last is in infos[i]["terminal_observation"].
+    """
+    render_modes = ["human" if args.render and i == 0 else None for i in range(args.num_envs)]
+    if args.vec_env == "dummy":
+        return DummyVecEnv([partial(make_env, args, render_mode=mode) for mode in render_modes])
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        # Every worker imports this script again. A fork server that has imported the heavy libraries once gives each
+        # worker a copy-on-write share of them: about a second and 200 MB less per worker.
+        multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
+    return SubprocVecEnv([partial(make_worker_env, args, render_mode=mode) for mode in render_modes])
+
+
+def push_frames(stacks: np.ndarray, frames: np.ndarray, ended: np.ndarray) -> None:
+    """Append frames (n, 84, 84) to the stacks (n, 4, 84, 84), newest last, in place.
+
+    One frame does not tell which way the ball flies; four do. The stacks are built here rather than in the workers, so
+    that a quarter of the bytes cross the pipes. Where an episode ended, frames holds the first one of the next, and the
+    stack starts again from zeros.
+    """
+    stacks[:, :-1] = stacks[:, 1:]
+    stacks[ended] = 0
+    stacks[:, -1] = frames
+
+
+# === Network ==========================================================================================================
+
+
+class QNetwork(nn.Module):
+    """Q(s, a) for all actions at once: obs (B, 4, 84, 84) uint8 -> q_values (B, num_actions). The Nature network."""
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
+        super().__init__()
+        self.precision = getattr(torch, args.precision)
+        self.layers = nn.Sequential(
+            nn.Conv2d(4, 32, kernel_size=8, stride=4),  # (B, 4, 84, 84) -> (B, 32, 20, 20)
+            nn.ReLU(),
+            nn.Conv2d(32, 64, kernel_size=4, stride=2),  # -> (B, 64, 9, 9)
+            nn.ReLU(),
+            nn.Conv2d(64, 64, kernel_size=3, stride=1),  # -> (B, 64, 7, 7)
+            nn.ReLU(),
+            nn.Flatten(),  # -> (B, 3136)
+            nn.Linear(3136, 512),
+            nn.ReLU(),
+        ).to(memory_format=torch.channels_last)  # the layout in which the convolutions' backward pass is fastest
+        self.head = nn.Linear(512, action_space.n)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        pixels = obs.to(self.precision, memory_format=torch.channels_last) / 255.0
+        with torch.autocast(obs.device.type, self.precision, enabled=self.precision != torch.float32):
+            features = self.layers(pixels)
+        # The head stays in float32: the 8 significant bits of bfloat16 cannot tell one action's Q-value from another's.
+        return self.head(features.float())
+
+
+# === Replay memory ====================================================================================================
+
+
+class Batch(NamedTuple):
+    """B transitions: what the agent saw, did and got, what it saw next, and whether the episode ended there."""
+
+    obs: torch.Tensor  # (B, 4, 84, 84) uint8
+    actions: torch.Tensor  # (B,)
+    rewards: torch.Tensor  # (B,)
+    next_obs: torch.Tensor  # (B, 4, 84, 84) uint8
+    terminated: torch.Tensor  # (B,), 1.0 or 0.0
+
+
+class ReplayMemory:
+    """A ring per environment that stores each frame once: 7.06 GB per million transitions, not 56.4 as pairs of stacks.
+
+    Every observation takes a slot, the one that ended an episode included, so the next observation is always in the
+    next slot. The rings are interleaved in flat arrays: index = slot * num_envs + env, and the same environment's next
+    slot is num_envs further on, modulo the capacity.
+
+    A transition goes by the index of its observation. drawable says which may be drawn; excluded are
+      - observations that ended an episode, and the newest of each environment: no action was taken there;
+      - the 3 oldest of a full ring: the frames before them, which are part of their stack, are overwritten.
+    """
+
+    def __init__(self, buffer_size: int, num_envs: int):
+        self.num_envs = num_envs
+        slots = math.ceil(buffer_size / num_envs) + 5  # 3 oldest, 1 newest, 1 that ended an episode
+        self.capacity = slots * num_envs
+        self.arrays = {
+            "frames": np.empty((self.capacity, 84, 84), np.uint8),  # takes physical memory only as it is written
+            "actions": np.zeros(self.capacity, np.uint8),
+            "rewards": np.zeros(self.capacity, np.float32),
+            "terminated": np.zeros(self.capacity, bool),
+            "starts": np.zeros(self.capacity, bool),  # first observation of an episode: its stack holds zeros before it
+            "drawable": np.zeros(self.capacity, bool),
+        }
+        self.newest = np.arange(num_envs) - num_envs  # (n,) index of each environment's newest observation
+        self.filled = 0  # indices below this one have been written
+
+    def begin(self, frames: np.ndarray):
+        """Store the first observations, (n, 84, 84), after a reset of all environments."""
+        self._write(np.arange(self.num_envs), frames, starts=True)
+
+    def add(self, actions, rewards, last_frames, terminated, ended, next_frames):
+        """Store a step of all environments; the first dimension of each array is num_envs.
+
+        last_frames: what the actions led to, also where that ended an episode. next_frames: what the next actions are
+        chosen from; it differs where ended is true, and is stored there as the start of an episode.
+        """
+        self.arrays["actions"][self.newest] = actions
+        self.arrays["rewards"][self.newest] = rewards
+        self.arrays["terminated"][self.newest] = terminated
+        self.arrays["drawable"][self.newest] = True
+        self._write(np.arange(self.num_envs), last_frames, starts=False)
+        if ended.any():
+            self._write(np.flatnonzero(ended), next_frames[ended], starts=True)
+
+    def _write(self, envs: np.ndarray, frames: np.ndarray, starts: bool):
+        index = (self.newest[envs] + self.num_envs) % self.capacity
+        self.arrays["frames"][index] = frames
+        self.arrays["starts"][index] = starts
+        # No action was taken here yet, and the next three slots of a full ring lose a frame of their stack.
+        self.arrays["drawable"][(index[:, None] + self.num_envs * np.arange(4)) % self.capacity] = False
+        self.newest[envs] = index
+        self.filled = max(self.filled, int(index.max()) + 1)
+
+    def sample(self, batch_size: int, device: torch.device) -> Batch:
+        """Draw batch_size transitions uniformly, with replacement."""
+        index = torch.randint(self.filled, (batch_size,)).numpy()
+        while (rejected := np.flatnonzero(~self.arrays["drawable"][index])).size > 0:
+            index[rejected] = torch.randint(self.filled, (rejected.size,)).numpy()
+
+        # Frames t-3 .. t+1: obs and next_obs share three of the five, so one gather serves both.
+        window = (index[:, None] + self.num_envs * np.arange(-3, 2)) % self.capacity  # (B, 5)
+        frames = self.arrays["frames"][window]  # (B, 5, 84, 84)
+        # Zero what lies before the episode's start, as in the stack that the actor saw: frame k does if one of the
+        # frames k+1 .. t is a start. (Frame t+1 never is: it belongs to the episode of t.)
+        starts = self.arrays["starts"][window[:, 1:4]]  # (B, 3): frames t-2 .. t
+        frames[:, :3][np.logical_or.accumulate(starts[:, ::-1], axis=1)[:, ::-1]] = 0
+
+        frames = torch.from_numpy(frames).to(device)
+        actions, rewards, terminated = (
+            torch.from_numpy(self.arrays[name][index].astype(dtype)).to(device)
+            for name, dtype in (("actions", np.int64), ("rewards", np.float32), ("terminated", np.float32))
+        )
+        return Batch(frames[:, :4], actions, rewards, frames[:, 1:], terminated)
+
+    def state_dict(self) -> dict:
+        arrays = {name: torch.from_numpy(array[: self.filled]) for name, array in self.arrays.items()}
+        return {"newest": torch.from_numpy(self.newest), **arrays}
+
+    def load_state_dict(self, state: dict):
+        """Restore; begin must follow, since the environments start new episodes."""
+        self.filled = len(state["frames"])
+        for name, array in self.arrays.items():
+            array[: self.filled] = state[name].numpy()
+        self.newest[:] = state["newest"].numpy()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+# === Equations ========================================================================================================
+
+
+def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, gamma: float, loss: str):
+    """Return the TD loss of Mnih et al. (2015), equation 2, and Q(s, a) of the actions taken, (B,).
+
+    y = r + gamma * max_a' Q_target(s', a')    where the episode went on, or only ran out of time (truncated)
+    y = r                                      where it ended for good (terminated): no reward can follow
+    L = mean over the batch of (y - Q(s, a))^2
+
+    q_values: Q(s, .) of the online network, (B, A). next_q_values: Q_target(s', .) without gradient, (B, A).
+    """
+    q_taken = q_values.gather(1, batch.actions.unsqueeze(1)).squeeze(1)  # (B, A) -> (B,)
+    next_q_max = next_q_values.max(dim=1).values  # (B, A) -> (B,)
+    td_target = batch.rewards + gamma * (1.0 - batch.terminated) * next_q_max
+    assert q_taken.shape == td_target.shape  # (B, 1) against (B,) would broadcast to (B, B) and train on noise
+    return (F.mse_loss if loss == "mse" else F.smooth_l1_loss)(q_taken, td_target), q_taken
+
+
+def make_optimizer(network: nn.Module, args: Args) -> torch.optim.Optimizer:
+    if args.optimizer == "adam":
+        return torch.optim.Adam(network.parameters(), lr=args.learning_rate, fused=True)  # one kernel for all layers
+    return torch.optim.RMSprop(network.parameters(), args.learning_rate, args.rmsprop_alpha, args.rmsprop_eps)
+
+
+@torch.no_grad()
+def update_target(target_network: nn.Module, network: nn.Module, tau: float):
+    """theta_target <- theta_target + tau * (theta - theta_target), for all layers in one call; tau 1 is a copy."""
+    torch._foreach_lerp_(list(target_network.parameters()), list(network.parameters()), tau)
+
+
+def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
+    """Go from start to end in a straight line over `steps` transitions, then stay."""
+    return start + (end - start) * min(t / steps, 1.0)
+
+
+def exponential_schedule(start: float, end: float, steps: int, t: int) -> float:
+    """Close the distance to end by a factor e every `steps` transitions."""
+    return end + (start - end) * math.exp(-t / steps)
+
+
+# === Training =========================================================================================================
+
+
+def train(args: Args) -> dict:
+    """Train from the first transition, or from where args.resume stopped; return what result.json holds."""
+    device = select_device(args.device, auto="cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    train_seed, eval_seed, final_seed = (int(s) for s in np.random.SeedSequence(args.seed).generate_state(3))
+
+    envs = make_envs(args)
+    q_network = QNetwork(envs.observation_space, envs.action_space, args).to(device)
+    target_network = copy.deepcopy(q_network)
+    optimizer = make_optimizer(q_network, args)
+    memory = ReplayMemory(args.buffer_size, args.num_envs)
+    epsilon_schedule = linear_schedule if args.epsilon_schedule == "linear" else exponential_schedule
+    stacks = np.zeros((args.num_envs, 4, 84, 84), np.uint8)  # what each environment's actor sees
+    global_step = gradient_steps = target_syncs = evaluations = 0
+    learning_starts = args.learning_starts
+
+    state = {"target_network": target_network, "optimizer": optimizer}
+    state |= {"memory": memory} if args.checkpoint_memory else {}
+    with Run(args, envs, q_network, **state) as run:
+        run.say(f"replay memory of {memory.nbytes / 1e9:.2f} GB")
+        if args.resume:
+            global_step, gradient_steps, target_syncs, evaluations, learning_starts = run.restore()
+            if not args.checkpoint_memory:  # the memory is empty: fill it, at the current epsilon, before learning on
+                run.say(f"refilling the replay memory with {args.learning_starts:,} transitions")
+                learning_starts = global_step + args.learning_starts - gradient_steps * args.train_frequency
+        envs.seed(train_seed + global_step)  # environment i gets train_seed + global_step + i
+        frames = envs.reset()
+        memory.begin(frames)
+        push_frames(stacks, frames, ended=np.ones(args.num_envs, bool))
+
+        while global_step < args.total_timesteps and not run.reached(args.target_return):
+            # Act: at random with probability epsilon, else greedily. Each environment draws for itself.
+            epsilon = epsilon_schedule(args.epsilon_start, args.epsilon_end, args.exploration_steps, global_step)
+            with torch.no_grad():
+                q_values = q_network(torch.from_numpy(stacks).to(device))  # (num_envs, A)
+            explore = torch.rand(args.num_envs) < epsilon
+            random_actions = torch.randint(envs.action_space.n, (args.num_envs,))
+            actions = torch.where(explore, random_actions, q_values.argmax(dim=1).cpu()).numpy()
+
+            # Send the actions: in worker processes the environments step while this one learns.
+            envs.step_async(actions)
+            global_step += args.num_envs
+
+            # Learn: one gradient step per train_frequency transitions, however many environments there are.
+            while gradient_steps < (global_step - learning_starts) // args.train_frequency:
+                batch = memory.sample(args.batch_size, device)
+                with torch.no_grad():
+                    next_q_values = target_network(batch.next_obs)
+                loss, q_taken = td_loss(q_network(batch.obs), next_q_values, batch, args.gamma, args.loss)
+                optimizer.zero_grad()
+                loss.backward()
+                if args.max_grad_norm > 0:
+                    nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
+                if args.max_grad_value > 0:
+                    nn.utils.clip_grad_value_(q_network.parameters(), args.max_grad_value)
+                optimizer.step()
+                gradient_steps += 1
+
+                # Sync the target network, on the transitions' clock: this gradient step stands for train_frequency.
+                if target_syncs < gradient_steps * args.train_frequency // args.target_frequency:
+                    update_target(target_network, q_network, args.tau)
+                    target_syncs += 1
+
+                if gradient_steps % 1_000 == 0:
+                    metrics = {"loss": loss.item(), "q_taken": q_taken.mean().item(), "epsilon": epsilon}
+                    run.write(global_step, {f"train/{name}": value for name, value in metrics.items()})
+
+            # Receive.
+            next_frames, rewards, dones, infos = envs.step_wait()
+
+            # Store. Where an episode ended, next_frames holds the first frame of the next one: the memory gets the last
+            # one as well. Only termination masks the bootstrap. A game that ended reports its raw score, whatever the
+            # learner takes for an episode.
+            last_frames, terminated = next_frames.copy(), dones.copy()
+            for i in np.flatnonzero(dones):
+                last_frames[i] = infos[i]["terminal_observation"]
+                terminated[i] = not infos[i]["TimeLimit.truncated"]
+            for info in infos:
+                if "episode" in info:
+                    run.write_episode(global_step, info["episode"])
+            memory.add(actions, rewards, last_frames, terminated, dones, next_frames)
+            push_frames(stacks, next_frames, dones)
+
+            # Evaluate, keep the best network, save.
+            if evaluations < global_step // args.eval_every:
+                evaluations += 1
+                run.evaluate(global_step, eval_seed)
+            run.tick(
+                global_step=global_step,
+                gradient_steps=gradient_steps,
+                target_syncs=target_syncs,
+                evaluations=evaluations,
+                learning_starts=learning_starts,
+            )
+
+        return run.finish(final_seed)
+
+
+# === Evaluation =======================================================================================================
+
+
+@torch.no_grad()
+def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env_options) -> np.ndarray:
+    """Play num_episodes whole games at eval_epsilon, one per environment, side by side; return their raw scores.
+
+    One game each: had a few environments played on until enough games were over, the short ones, which are over first,
+    would count too often. Environment i gets seed + i; env_options (render_mode, video_dir) go to the first.
+    """
+    device, generator = next(network.parameters()).device, torch.Generator().manual_seed(seed)
+    envs = [make_env(args, evaluation=True, **(env_options if i == 0 else {})) for i in range(num_episodes)]
+    frames = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
+    stacks = np.zeros((num_episodes, 4, 84, 84), np.uint8)
+    push_frames(stacks, frames, ended=np.ones(num_episodes, bool))
+    returns, running = np.zeros(num_episodes), list(range(num_episodes))
+    while running:
+        q_values = network(torch.from_numpy(stacks[running]).to(device))
+        explore = torch.rand(len(running), generator=generator) < args.eval_epsilon
+        random_actions = torch.randint(q_values.shape[1], (len(running),), generator=generator)
+        actions = torch.where(explore, random_actions, q_values.argmax(dim=1).cpu()).tolist()
+        for i, action in zip(tuple(running), actions, strict=True):
+            frames[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i] += reward
+            if terminated or truncated:
+                envs[i].close()
+                running.remove(i)
+        push_frames(stacks, frames, ended=np.zeros(num_episodes, bool))
+    return returns
+
+
+# ######################################################################################################################
+# The algorithm ends here. What follows is the same in every script and holds no reinforcement learning: checks of the
+# arguments, the run directory, checkpoints, signals, playing and filming.
+# ######################################################################################################################
+
+
+SCRIPT = Path(__file__).stem
+MAY_BE_ZERO = {"seed", "learning_starts", "epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "tau"}
+MAY_BE_ZERO |= {"learning_rate_end", "max_grad_norm", "max_grad_value"}
+AT_MOST_ONE = {"epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "tau"}
+RESUME_MAY_CHANGE = {"total_timesteps", "device", "render", "video", "track", "track_project", "checkpoint_every"}
+RESUME_MAY_CHANGE |= {"eval_episodes", "final_eval_episodes"}
+PLAY_MAY_CHANGE = {"env_id", "seed", "device", "render", "video", "time_limit", "final_eval_episodes"}
+
+
+def require(args, name: str, condition: bool, remedy: str):
+    """Unless the condition holds, raise ValueError: tyro turns it into a message and exit status 2."""
+    if not condition:
+        raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: {remedy}")
+
+
+def check_args(args):
+    """Refuse what cannot work before anything is created."""
+    for name, value in asdict(args).items():
+        if type(value) in (int, float) and name != "time_limit":
+            require(args, name, math.isfinite(value), "give a finite number")
+            require(args, name, value > 0 or (value == 0 and name in MAY_BE_ZERO), "give a larger number")
+            require(args, name, value <= 1 or name not in AT_MOST_ONE, "give a number from 0 to 1")
+    require(args, "time_limit", args.time_limit in (None, -1) or args.time_limit > 0, "give a number of steps, or -1")
+    require(args, "run_dir", not (args.run_dir and Path(args.run_dir).exists()), "exists already; give another")
+    if args.track != "none":
+        require(args, "track", importlib.util.find_spec(args.track) is not None, f"first: pip install {args.track}")
+    select_device(args.device, auto="cpu")
+    try:
+        make_env(args).close()
+    except (gym.error.Error, ImportError, ValueError) as error:
+        raise ValueError(f"--env-id {args.env_id}: {error}") from None
+
+
+def select_device(name: str, auto: str) -> torch.device:
+    """Return the device of that name; `auto` is the one that was measured to be the fastest for this script."""
+    try:
+        return torch.zeros(1, device=auto if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; try auto, cpu, cuda:N or mps") from None
+
+
+def refuse(message: str):
+    print(f"{SCRIPT}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def save_atomically(contents: dict, path: Path):
+    """Write a checkpoint so that a kill at any moment leaves the old file or the new one, never half of one."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(contents, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint of this script; weights_only: tensors and plain numbers, nothing that could run code."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if checkpoint["script"] != SCRIPT:
+            raise ValueError(f"it was written by {checkpoint['script']}.py")
+    except Exception as error:  # a broken file can fail in any way
+        refuse(f"{path} is no checkpoint of {SCRIPT}.py: {str(error).splitlines()[0]}")
+    return checkpoint
+
+
+class Run:
+    """A run's directory, console, checkpoints and signals; a context manager that closes whatever it opened.
+
+    network is what acts; state is what else a checkpoint needs: objects with state_dict and load_state_dict.
+    """
+
+    def __init__(self, args, envs, network: nn.Module, **state):
+        self.args, self.envs, self.network, self.state = args, envs, network, {"network": network, **state}
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.dir = Path(args.resume or args.run_dir or Path("runs", name.replace("/", "-").replace(":", "-")))
+        self.counts = {"global_step": 0}  # as of the last tick
+        self.record = {"seconds": 0.0, "wall_seconds": 0.0, "best": -math.inf, "evaluations": [], "last_returns": []}
+        self.started, self.paused, self.signal, self.latest = time.perf_counter(), 0.0, None, {}
+        self.checkpoint = load_checkpoint(self.dir / "last.pt") if args.resume else None
+
+    def __enter__(self):
+        from torch.utils.tensorboard import SummaryWriter  # here, so that --help does not wait for it
+
+        args, step = self.args, self.checkpoint["counts"]["global_step"] if self.checkpoint else 0
+        try:
+            self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
+            rows = ["step,metric,value"]
+            if args.resume:  # what a killed run reported after its last checkpoint will be reported again
+                lines = (self.dir / "progress.csv").read_text().splitlines()
+                rows += [line for line in lines[1:] if int(line.split(",")[0]) <= step]
+            self.csv_file = open(self.dir / "progress.csv", "w")
+            self.csv_file.write("\n".join(rows) + "\n")
+            (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        except OSError as error:
+            refuse(f"cannot write the run directory {self.dir}: {error.strerror}")
+        if args.track == "wandb":
+            import wandb
+
+            wandb.init(project=args.track_project, name=self.dir.name, config=asdict(args), sync_tensorboard=True)
+        elif args.track == "swanlab":
+            import swanlab
+
+            swanlab.sync_tensorboard_torch()
+            swanlab.init(project=args.track_project, experiment_name=self.dir.name, config=asdict(args))
+        self.tensorboard = SummaryWriter(str(self.dir), purge_step=step + 1 if args.resume else None)
+        table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
+        self.tensorboard.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", step)
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", disable=None)  # None: terminals only
+        parameters = sum(p.numel() for p in self.network.parameters())
+        self.say(f"{args.env_id}, seed {args.seed}, {parameters:,} parameters; writing {self.dir}")
+        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.started = time.perf_counter()
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is not None and issubclass(kind, Exception) and self.counts["global_step"] > 0:
+            self.save()
+        if kind is None or not hasattr(self.envs, "processes"):
+            self.envs.close()
+        else:  # close() would wait for an answer from workers that may be gone
+            for process in self.envs.processes:
+                process.terminate()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        self.tensorboard.close()
+        self.csv_file.close()
+        if kind is not None and (self.dir / "last.pt").exists():
+            print(f"stopped; to go on: python {SCRIPT}.py --resume {self.dir}", file=sys.stderr)
+        if kind in (EOFError, BrokenPipeError, ConnectionResetError):
+            print(f"{SCRIPT}: a worker process of the environments died; its own error stands above", file=sys.stderr)
+            raise SystemExit(1)
+
+    def on_signal(self, number, frame):
+        """Remember Ctrl-C or kill until the next tick, where a checkpoint is consistent; obey a second one at once."""
+        self.signal = number
+        signal.signal(number, self.handlers[number])
+
+    def say(self, line: str):
+        tqdm.write(line)  # above the progress bar, where there is one
+
+    def seconds(self) -> float:
+        """Training time: without evaluations and checkpoints, with the time before a resume."""
+        return self.record["seconds"] + time.perf_counter() - self.started - self.paused
+
+    def write(self, global_step: int, metrics: dict):
+        """Report numbers to TensorBoard (and through it to a tracker) and to progress.csv."""
+        self.latest.update(metrics)
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} at step {global_step}")
+            self.tensorboard.add_scalar(name, value, global_step)
+            self.csv_file.write(f"{global_step},{name},{value}\n")
+
+    def write_episode(self, global_step: int, episode: dict):
+        """Report a training episode, as RecordEpisodeStatistics describes it."""
+        last_returns = self.record["last_returns"] = [*self.record["last_returns"][-99:], float(episode["r"])]
+        self.write(global_step, {"train/episode_return": last_returns[-1], "train/episode_length": int(episode["l"])})
+        self.write(global_step, {"train/return_mean_100": float(np.mean(last_returns))})
+
+    def reached(self, target_return: float | None) -> bool:
+        """Whether the last 100 training episodes have this mean return."""
+        last_returns = self.record["last_returns"]
+        return target_return is not None and len(last_returns) == 100 and float(np.mean(last_returns)) >= target_return
+
+    def evaluate(self, global_step: int, seed: int):
+        """Evaluate the network, off the clock, and keep it as best.pt if none was better before."""
+        before, seconds = time.perf_counter(), self.seconds()
+        returns = evaluate(self.args, self.network, self.args.eval_episodes, seed)
+        mean = float(returns.mean())
+        self.record["evaluations"].append([global_step, mean, seconds])
+        if mean >= self.record["best"]:
+            self.record["best"] = mean
+            contents = {"script": SCRIPT, "args": asdict(self.args), "network": self.network.state_dict()}
+            save_atomically({**contents, "global_step": global_step, "return_mean": mean}, self.dir / "best.pt")
+        self.write(global_step, {"eval/return_mean": mean, "eval/return_min": float(returns.min())})
+        self.write(global_step, {"time/steps_per_second": global_step / max(seconds, 1e-9)})
+        shown = {k.split("/")[1]: v for k, v in self.latest.items() if k.startswith("train/")}
+        names = ("return_mean_100", "loss", "q_taken", "epsilon", "entropy")
+        details = "  ".join(f"{name} {shown[name]:.3g}" for name in names if name in shown)
+        self.say(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f} (min {returns.min():.0f})  {details}")
+        self.csv_file.flush()
+        self.paused += time.perf_counter() - before
+
+    def tick(self, **counts: int):
+        """Once per iteration: move the bar, save when a checkpoint is due, stop here if a signal asked for it."""
+        every, step = self.args.checkpoint_every, counts["global_step"]
+        due = step // every > self.counts["global_step"] // every
+        self.counts = counts
+        self.bar.update(step - self.bar.n)
+        if due or self.signal:
+            self.save()
+        if self.signal:
+            raise SystemExit(128 + self.signal)
+
+    def save(self):
+        """Write last.pt: all that --resume needs."""
+        before = time.perf_counter()
+        if all(torch.isfinite(p).all() for p in self.network.parameters()):  # else keep the last good one
+            record = {**self.record, "seconds": self.seconds(), "wall_seconds": self.wall_seconds()}
+            contents = {"script": SCRIPT, "args": asdict(self.args), "counts": self.counts, "record": record}
+            contents |= {name: value.state_dict() for name, value in self.state.items()}
+            save_atomically({**contents, "torch_rng": torch.get_rng_state()}, self.dir / "last.pt")
+        self.csv_file.flush()
+        self.tensorboard.flush()
+        self.paused += time.perf_counter() - before
+
+    def restore(self):
+        """Load last.pt into the network and the state; return the counts in the order in which tick received them."""
+        for name, value in self.state.items():
+            value.load_state_dict(self.checkpoint[name])
+        torch.set_rng_state(self.checkpoint["torch_rng"])
+        self.counts, self.record = self.checkpoint["counts"], self.checkpoint["record"]
+        return self.counts.values()
+
+    def wall_seconds(self) -> float:
+        return self.record["wall_seconds"] + time.perf_counter() - self.started
+
+    def finish(self, seed: int) -> dict:
+        """Save; evaluate the final network and the best one on seeds that neither was chosen by; write result.json."""
+        seconds, args = self.seconds(), self.args
+        self.save()
+        for number, handler in self.handlers.items():  # all is saved: Ctrl-C and kill may act at once
+            signal.signal(number, handler)
+        returns = evaluate(args, self.network, args.final_eval_episodes, seed)
+        best = copy.deepcopy(self.network)
+        if (self.dir / "best.pt").exists():
+            best.load_state_dict(load_checkpoint(self.dir / "best.pt")["network"])
+        best_returns = evaluate(args, best, args.final_eval_episodes, seed)
+        if args.video:
+            evaluate(args, best, 1, seed, render_mode="rgb_array", video_dir=self.dir / "videos")
+        threshold = gym.spec(args.env_id).reward_threshold
+        solved = [e for e in self.record["evaluations"] if threshold is not None and e[1] >= threshold]
+        result = {
+            **self.counts,
+            "seconds": seconds,
+            "wall_seconds": self.wall_seconds(),
+            "steps_per_second": self.counts["global_step"] / seconds,
+            "final_return_mean": float(returns.mean()),
+            "final_return_min": float(returns.min()),
+            "final_return_std": float(returns.std()),
+            "best_return_mean": float(best_returns.mean()),
+            "solved_step": solved[0][0] if solved else None,
+            "solved_seconds": solved[0][2] if solved else None,
+            "evaluation_curve": [e[:2] for e in self.record["evaluations"]],  # [step, mean return]
+            "run_dir": str(self.dir),
+        }
+        (self.dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        self.say(
+            f"final network: {returns.mean():.1f} over {len(returns)} episodes (min {returns.min():.0f}); "
+            f"best network: {best_returns.mean():.1f}; {seconds:.1f} s of training"
+        )
+        return result
+
+
+def parse_again(saved: dict, may_change: set) -> "Args":
+    """Parse the command line with a saved run's arguments as the defaults; refuse changes other than those named."""
+    default = Args(**{**saved, "run_dir": "", "resume": "", "play": "", "render": False, "video": False})
+    args = tyro.cli(Args, default=default)
+    for name in asdict(args).keys() - may_change - {"resume", "play"}:
+        if getattr(args, name) != getattr(default, name):
+            refuse(f"--{name.replace('_', '-')} is {getattr(default, name)} in the saved run and cannot be changed")
+    return args
+
+
+def play(args, network_class):
+    """Evaluate a checkpoint; with --render in a window, with --video as a film beside the checkpoint."""
+    checkpoint = load_checkpoint(Path(args.play))
+    args = parse_again(checkpoint["args"], PLAY_MAY_CHANGE)
+    env = make_env(args)
+    network = network_class(env.observation_space, env.action_space, args).to(select_device(args.device, auto="cpu"))
+    try:
+        network.load_state_dict(checkpoint["network"])
+    except RuntimeError as error:
+        refuse(f"{args.play} does not fit {args.env_id}: {str(error).splitlines()[-1].strip()}")
+    if args.render:
+        episodes = range(args.final_eval_episodes)
+        returns = np.array([evaluate(args, network, 1, args.seed + i, render_mode="human").item() for i in episodes])
+    else:
+        returns = evaluate(args, network, args.final_eval_episodes, args.seed)
+    if args.video:
+        evaluate(args, network, 1, args.seed, render_mode="rgb_array", video_dir=Path(args.play).parent / "videos")
+    print(f"return {returns.mean():.1f} over {len(returns)} episodes ({returns.min():.0f} to {returns.max():.0f})")
+
+
+def main(network_class):
+    args = tyro.cli(Args)
+    try:
+        if args.play:
+            play(args, network_class)
+        elif args.resume:
+            train(parse_again(load_checkpoint(Path(args.resume, "last.pt"))["args"], RESUME_MAY_CHANGE))
+        else:
+            train(args)
+    except KeyboardInterrupt:  # before the first step, or after the last
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+if __name__ == "__main__":
+    main(QNetwork)
