@@ -133,7 +133,7 @@ class AtariGame(gym.Wrapper):
     training=False  an episode is a whole game, the reward the raw score gained
 
     Where a game (not a life) ended since the last step, info["episode"] holds its raw score "r" and its length "l"
-    in emulator frames, no-ops included.
+    in emulator frames, no-ops included. A game may end between two steps: in the no-op or FIRE after a lost life.
     """
 
     def __init__(self, env: gym.Env, training: bool) -> None:
@@ -163,7 +163,7 @@ class AtariGame(gym.Wrapper):
         return self._observe(), float(reward), terminated, truncated, info
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Begin an episode; in training the next life of the same game, unless that is over or a seed is given."""
+        """Begin an episode; while training the next life of the same game, unless it is over or a seed is given."""
         if seed is not None:
             self.game_over = True
         self._next_episode(seed, options)
@@ -174,7 +174,7 @@ class AtariGame(gym.Wrapper):
         return self._observe(), {}
 
     def render(self) -> np.ndarray | None:
-        # Every fourth screen alone would hide what a game draws on alternate frames only.
+        # The maximum again: every fourth screen alone would never show some of the sprites.
         return self.screens.max(axis=0) if self.render_mode == "rgb_array" else self.env.render()
 
     def _repeat(self, action: int) -> tuple[int, bool, bool]:
@@ -186,7 +186,7 @@ class AtariGame(gym.Wrapper):
                 self.ale.getScreenRGB(self.screens[frame - 2])
             if self.ale.game_over():
                 break
-        if frame < 3:  # the game ended early, and the screens are older than its end
+        if frame < 3:  # the game ended early: its last frame stands alone, the screens are from an earlier step
             self.screens[:] = self.ale.getScreenRGB()
         terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
         self.score += reward
@@ -194,7 +194,7 @@ class AtariGame(gym.Wrapper):
         if self.game_over:
             self.finished = {"r": float(self.score), "l": self.ale.getEpisodeFrameNumber()}
         lives = self.ale.lives()
-        # Some games (Qbert) show 0 lives for a while before they are over: their end alone is the last life's.
+        # A count of 0 is no lost life yet: some games (BankHeist) show it a while before they are over.
         if self.training and 0 < lives < self.lives:
             terminated = True
         self.lives = lives
@@ -217,10 +217,10 @@ class AtariGame(gym.Wrapper):
         self.game_over = False
 
     def _observe(self) -> np.ndarray:
-        """(84, 84) uint8, a new array. The Atari draws some sprites on every other frame only: hence the maximum."""
+        """Return the maximum of both screens, as games draw some sprites on alternate frames only: (84, 84) uint8."""
         np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
         cv2.cvtColor(self.screens[0], cv2.COLOR_RGB2GRAY, dst=self.grey)
-        return cv2.resize(self.grey, (84, 84), interpolation=cv2.INTER_AREA)
+        return cv2.resize(self.grey, (84, 84), interpolation=cv2.INTER_AREA)  # a new array: the caller may keep it
 
 
 def make_env(args: Args, evaluation: bool = False, render_mode: str | None = None, video_dir: Path | None = None):
@@ -231,12 +231,15 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
     """
     cv2.setNumThreads(1)  # OpenCV would start a thread per core in every worker
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from each of them
-    options = {"frameskip": 1, "render_mode": render_mode, "disable_env_checker": True}
+    options = {"render_mode": render_mode, "disable_env_checker": True}
     if args.time_limit is not None and not (evaluation and args.time_limit == -1):  # an evaluation has to end
         options["max_num_frames_per_episode"] = max(0, 4 * args.time_limit)  # 0: no limit
-    if "AtariEnv" not in str(gym.spec(args.env_id).entry_point):
+    module, _, env_id = args.env_id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    if "AtariEnv" not in str(gym.spec(env_id).entry_point):
         raise ValueError("this is no Atari game; give an id such as BreakoutNoFrameskip-v4 or ALE/Pong-v5")
-    env = AtariGame(gym.make(args.env_id, **options), training=not evaluation)
+    env = AtariGame(gym.make(env_id, **options), training=not evaluation)
     if video_dir is not None:
         env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda episode: episode == 0)
     return env
@@ -402,6 +405,7 @@ class ReplayMemory:
     def load_state_dict(self, state: dict):
         """Restore; begin must follow, since the environments start new episodes."""
         self.filled = len(state["frames"])
+        self.arrays["drawable"][:] = False
         for name, array in self.arrays.items():
             array[: self.filled] = state[name].numpy()
         self.newest[:] = state["newest"].numpy()
@@ -430,16 +434,16 @@ def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, g
     return (F.mse_loss if loss == "mse" else F.smooth_l1_loss)(q_taken, td_target), q_taken
 
 
-def make_optimizer(network: nn.Module, args: Args) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list, args: Args) -> torch.optim.Optimizer:
     if args.optimizer == "adam":
-        return torch.optim.Adam(network.parameters(), lr=args.learning_rate, fused=True)  # one kernel for all layers
-    return torch.optim.RMSprop(network.parameters(), args.learning_rate, args.rmsprop_alpha, args.rmsprop_eps)
+        return torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)  # fused: one kernel for all layers
+    return torch.optim.RMSprop(parameters, args.learning_rate, args.rmsprop_alpha, args.rmsprop_eps)
 
 
 @torch.no_grad()
-def update_target(target_network: nn.Module, network: nn.Module, tau: float):
+def update_target(target_parameters: list, parameters: list, tau: float):
     """theta_target <- theta_target + tau * (theta - theta_target), for all layers in one call; tau 1 is a copy."""
-    torch._foreach_lerp_(list(target_network.parameters()), list(network.parameters()), tau)
+    torch._foreach_lerp_(target_parameters, parameters, tau)
 
 
 def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
@@ -464,7 +468,8 @@ def train(args: Args) -> dict:
     envs = make_envs(args)
     q_network = QNetwork(envs.observation_space, envs.action_space, args).to(device)
     target_network = copy.deepcopy(q_network)
-    optimizer = make_optimizer(q_network, args)
+    parameters, target_parameters = list(q_network.parameters()), list(target_network.parameters())
+    optimizer = make_optimizer(parameters, args)
     memory = ReplayMemory(args.buffer_size, args.num_envs)
     epsilon_schedule = linear_schedule if args.epsilon_schedule == "linear" else exponential_schedule
     stacks = np.zeros((args.num_envs, 4, 84, 84), np.uint8)  # what each environment's actor sees
@@ -507,15 +512,15 @@ def train(args: Args) -> dict:
                 optimizer.zero_grad()
                 loss.backward()
                 if args.max_grad_norm > 0:
-                    nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
+                    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 if args.max_grad_value > 0:
-                    nn.utils.clip_grad_value_(q_network.parameters(), args.max_grad_value)
+                    nn.utils.clip_grad_value_(parameters, args.max_grad_value)
                 optimizer.step()
                 gradient_steps += 1
 
                 # Sync the target network, on the transitions' clock: this gradient step stands for train_frequency.
                 if target_syncs < gradient_steps * args.train_frequency // args.target_frequency:
-                    update_target(target_network, q_network, args.tau)
+                    update_target(target_parameters, parameters, args.tau)
                     target_syncs += 1
 
                 if gradient_steps % 1_000 == 0:
@@ -822,7 +827,7 @@ class Run:
         best_returns = evaluate(args, best, args.final_eval_episodes, seed)
         if args.video:
             evaluate(args, best, 1, seed, render_mode="rgb_array", video_dir=self.dir / "videos")
-        threshold = gym.spec(args.env_id).reward_threshold
+        threshold = gym.spec(args.env_id.rpartition(":")[2]).reward_threshold  # [2]: without the module
         solved = [e for e in self.record["evaluations"] if threshold is not None and e[1] >= threshold]
         result = {
             **self.counts,

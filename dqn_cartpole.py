@@ -88,7 +88,7 @@ class Args:
     learning_rate_end: float = 0.0  # and after learning_rate_steps
     learning_rate_steps: int = 100_000  # transitions over which the learning rate falls linearly
     loss: Literal["mse", "huber"] = "mse"  # of the TD error
-    max_grad_norm: float = 10.0  # clips the global norm of the gradient
+    max_grad_norm: float = 0.0  # clips the global norm of the gradient; 0 does not
 
     # evaluation
     eval_every: int = 5_000  # transitions between evaluations
@@ -238,9 +238,9 @@ def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, g
 
 
 @torch.no_grad()
-def update_target(target_network: nn.Module, network: nn.Module, tau: float):
+def update_target(target_parameters: list, parameters: list, tau: float):
     """theta_target <- theta_target + tau * (theta - theta_target), for all layers in one call; tau 1 is a copy."""
-    torch._foreach_lerp_(list(target_network.parameters()), list(network.parameters()), tau)
+    torch._foreach_lerp_(target_parameters, parameters, tau)
 
 
 def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
@@ -266,7 +266,8 @@ def train(args: Args) -> dict:
     envs = make_envs(args)
     q_network = QNetwork(envs.observation_space, envs.action_space, args).to(device)
     target_network = copy.deepcopy(q_network)
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, fused=True)  # one kernel for all layers
+    parameters, target_parameters = list(q_network.parameters()), list(target_network.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)  # fused: one kernel for all layers
     memory = ReplayMemory(args.buffer_size, envs.observation_space.shape[0])
     epsilon_schedule = linear_schedule if args.epsilon_schedule == "linear" else exponential_schedule
     global_step = gradient_steps = target_syncs = evaluations = 0
@@ -302,13 +303,14 @@ def train(args: Args) -> dict:
                 loss, q_taken = td_loss(q_network(batch.obs), next_q_values, batch, args.gamma, args.loss)
                 optimizer.zero_grad()
                 loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
+                if args.max_grad_norm > 0:
+                    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 gradient_steps += 1
 
                 # Sync the target network, on the transitions' clock: this gradient step stands for train_frequency.
                 if target_syncs < gradient_steps * args.train_frequency // args.target_frequency:
-                    update_target(target_network, q_network, args.tau)
+                    update_target(target_parameters, parameters, args.tau)
                     target_syncs += 1
 
                 if gradient_steps % 250 == 0:
@@ -317,7 +319,6 @@ def train(args: Args) -> dict:
                         {
                             "train/loss": loss.item(),
                             "train/q_taken": q_taken.mean().item(),
-                            "train/grad_norm": grad_norm.item(),
                             "train/learning_rate": learning_rate,
                             "train/epsilon": epsilon,
                         },
@@ -613,7 +614,7 @@ class Run:
         best_returns = evaluate(args, best, args.final_eval_episodes, seed)
         if args.video:
             evaluate(args, best, 1, seed, render_mode="rgb_array", video_dir=self.dir / "videos")
-        threshold = gym.spec(args.env_id).reward_threshold
+        threshold = gym.spec(args.env_id.rpartition(":")[2]).reward_threshold  # [2]: without the module
         solved = [e for e in self.record["evaluations"] if threshold is not None and e[1] >= threshold]
         result = {
             **self.counts,

@@ -1,0 +1,262 @@
+"""The Atari environment against SB3's wrappers, frame by frame, on the same seeds and actions."""
+
+import os
+import signal
+from functools import partial
+from types import SimpleNamespace
+
+import cv2
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3.common.atari_wrappers import AtariWrapper
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
+
+from dqn_atari import AtariGame, make_env, make_worker_env, push_frames
+
+
+def arguments(env_id="BreakoutNoFrameskip-v4", time_limit=None):
+    return SimpleNamespace(env_id=env_id, time_limit=time_limit)
+
+
+class Tape(gym.Wrapper):
+    """Under SB3's wrappers: remembers the emulator frames, and the score of a game that ended, for StepMark to take."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.frames, self.finished = [], None
+
+    def reset(self, **kwargs):
+        self.score = self.length = 0
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.frames.append(obs)
+        self.score, self.length, self.over = self.score + reward, self.length + 1, terminated or truncated
+        if self.over:
+            self.finished = {"r": self.score, "l": self.length}
+        return obs, reward, terminated, truncated, info
+
+
+class StepMark(gym.Wrapper):
+    """Over SB3's wrappers: adds to info what the tape saw during this step, and a game that ended since the last."""
+
+    def __init__(self, env, tape):
+        super().__init__(env)
+        self.tape = tape
+
+    def step(self, action):
+        self.tape.frames.clear()
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        frames, finished = self.tape.frames, self.tape.finished
+        self.tape.finished = None
+        info = {"game_over": self.tape.over, "num_frames": len(frames), "last_frame": frames[-1], "finished": finished}
+        return obs, reward, terminated, truncated, info
+
+
+def sb3_env(env_id, training, **kwargs):
+    tape = Tape(gym.make(env_id, frameskip=1, **kwargs))
+    return StepMark(AtariWrapper(tape, terminal_on_life_loss=training, clip_reward=training), tape)
+
+
+def warp(frame):
+    return cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (84, 84), interpolation=cv2.INTER_AREA)
+
+
+def compare(env_id, num_steps, training=True, time_limit=None, seed=7):
+    """Step ours and SB3's side by side; returns counts of what happened on the way."""
+    kwargs = {} if time_limit is None else {"max_num_frames_per_episode": 4 * time_limit}
+    theirs = VecFrameStack(DummyVecEnv([lambda: sb3_env(env_id, training, **kwargs)]), 4)
+    ours = DummyVecEnv([partial(make_env, arguments(env_id, time_limit), evaluation=not training)])
+    theirs.seed(seed)
+    ours.seed(seed)
+    their_obs = theirs.reset()
+    stacks = np.zeros((1, 4, 84, 84), np.uint8)
+    push_frames(stacks, ours.reset(), np.ones(1, bool))
+    rng = np.random.default_rng(seed)
+    counts = {"life_losses": 0, "games": 0, "truncations": 0, "early_ends": 0, "rewards": 0}
+    for step in range(num_steps):
+        assert np.array_equal(stacks[0], np.moveaxis(their_obs[0], -1, 0)), f"observation {step}"
+        action = [rng.integers(ours.action_space.n)]
+        their_obs, their_rewards, their_dones, (their_info,) = theirs.step(action)
+        frames, rewards, dones, (info,) = ours.step(action)
+        assert (rewards[0], dones[0]) == (their_rewards[0], their_dones[0]), f"step {step}"
+        assert info["TimeLimit.truncated"] == their_info["TimeLimit.truncated"]
+        # SB3 loses the score of a game that ends inside a reset; the tape saw it, and ours reports it one step later.
+        assert info.get("episode") == their_info["finished"]
+        if dones[0]:
+            expected = np.moveaxis(their_info["terminal_observation"], -1, 0).copy()
+            if their_info["game_over"] and their_info["num_frames"] < 4:  # SB3's two-frame buffer is stale
+                expected[-1] = warp(their_info["last_frame"])
+                counts["early_ends"] += 1
+            push_frames(stacks, info["terminal_observation"], np.zeros(1, bool))
+            assert np.array_equal(stacks[0], expected), f"last observation of an episode, step {step}"
+        push_frames(stacks, frames, dones)
+        counts["games"] += "episode" in info
+        counts["life_losses"] += dones[0] and not their_info["game_over"]
+        counts["truncations"] += info["TimeLimit.truncated"]
+        counts["rewards"] += rewards[0] != 0
+    return counts
+
+
+@pytest.mark.parametrize("game", ["Breakout", "Pong", "MsPacman", "BeamRider", "Seaquest", "BankHeist"])
+def test_equals_sb3_while_training(game):
+    counts = compare(f"{game}NoFrameskip-v4", 2200)
+    assert counts["games"] and counts["rewards"]
+    assert (counts["life_losses"] > 0) == (game != "Pong")
+
+
+@pytest.mark.parametrize("game", ["Breakout", "MsPacman"])
+def test_equals_sb3_over_whole_games(game):
+    counts = compare(f"{game}NoFrameskip-v4", 1500, training=False)
+    assert counts["games"] > 1 and counts["life_losses"] == 0
+
+
+def test_equals_sb3_with_sticky_actions():
+    assert compare("ALE/Breakout-v5", 800)["games"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_equals_sb3_when_time_runs_out(training):
+    counts = compare("BreakoutNoFrameskip-v4", 1500, training, time_limit=101)
+    assert counts["truncations"] and counts["early_ends"]
+
+
+def test_fire_is_pressed_where_the_game_has_it():
+    starts = {game: len(make_env(arguments(game)).start_actions) for game in ["ALE/MsPacman-v5", "ALE/Breakout-v5"]}
+    assert starts == {"ALE/MsPacman-v5": 0, "ALE/Breakout-v5": 2}
+
+
+def play_until(env, end):
+    """Play random actions until end(terminated, truncated, info); the seed makes it repeatable."""
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        _, _, terminated, truncated, info = env.step(rng.integers(env.action_space.n))
+        if end(terminated, truncated, info):
+            return info
+        if terminated or truncated:
+            env.reset()
+    raise AssertionError("the awaited end did not come within 2000 steps")
+
+
+def test_evaluation_plays_whole_games_for_the_raw_score():
+    env = make_env(arguments("SeaquestNoFrameskip-v4"), evaluation=True)
+    env.reset(seed=0)
+    rng, score, ended, info = np.random.default_rng(0), 0, False, {}
+    while not ended:
+        assert "episode" not in info
+        _, reward, terminated, truncated, info = env.step(rng.integers(env.action_space.n))
+        score, ended = score + reward, terminated or truncated
+    assert env.unwrapped.ale.game_over() and score > 20  # a diver or fish is 20 points: rewards are not their sign
+    assert info["episode"]["r"] == score
+
+
+def test_a_game_that_ends_inside_reset_is_reported_once():
+    env = make_env(arguments())
+    env.reset(seed=3)
+    play_until(env, lambda terminated, truncated, info: terminated)
+    frame = env.unwrapped.ale.getEpisodeFrameNumber()
+    env = make_env(arguments(time_limit=frame // 4 + 1))  # runs out within the no-op that follows the lost life
+    env.reset(seed=3)
+    info = play_until(env, lambda terminated, truncated, info: terminated)
+    assert "episode" not in info and not env.unwrapped.ale.game_over()
+    env.reset()
+    assert env.unwrapped.ale.getEpisodeFrameNumber() < 40  # a new game
+    infos = [env.step(0)[-1] for _ in range(5)]
+    assert ["episode" in info for info in infos] == [True, False, False, False, False]
+    assert infos[0]["episode"]["l"] == 4 * (frame // 4 + 1)
+
+
+def test_a_lost_life_does_not_reset_the_game_but_a_seed_does():
+    env = make_env(arguments())
+    first = env.reset(seed=5)[0]
+    play_until(env, lambda terminated, truncated, info: terminated)
+    before = env.unwrapped.ale.getEpisodeFrameNumber()
+    env.reset()
+    assert env.unwrapped.ale.getEpisodeFrameNumber() == before + 4 + 8  # no-op, FIRE and a direction
+    assert np.array_equal(env.reset(seed=5)[0], first)
+    assert env.unwrapped.ale.lives() == 5
+
+
+def test_bonus_lives_of_a_game_cut_short_are_forgotten():
+    env = make_env(arguments("MsPacmanNoFrameskip-v4"))
+    env.reset(seed=0)
+    env.lives = 9
+    env.reset(seed=0)
+    assert not env.step(0)[2]
+
+
+def test_time_limit():
+    limits = {
+        n: make_env(arguments(time_limit=n)).unwrapped.ale.getInt("max_num_frames_per_episode") for n in [None, 50, -1]
+    }
+    assert limits == {None: 108_000, 50: 200, -1: 0}
+    env = make_env(arguments("PongNoFrameskip-v4", time_limit=-1))
+    env.reset(seed=0)
+    assert not any(env.step(0)[3] for _ in range(100))
+
+
+def test_observations_do_not_share_memory():
+    env = make_env(arguments())
+    first = env.reset(seed=0)[0]
+    kept = first.copy()
+    observations = [env.step(1)[0] for _ in range(3)]
+    assert np.array_equal(first, kept) and not any(np.shares_memory(first, other) for other in observations)
+    assert env.observation_space.contains(first)
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "gymnasium.envs:CartPole-v1"])
+def test_an_id_that_is_not_atari_is_refused(env_id):
+    with pytest.raises(ValueError, match="no Atari game"):
+        make_env(arguments(env_id))
+
+
+def test_module_ids():
+    assert isinstance(make_env(arguments("ale_py:ALE/Pong-v5")), AtariGame)
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_worker_processes(start_method):
+    if start_method == "forkserver" and os.name == "nt":
+        pytest.skip("no fork server on Windows")
+    subproc = SubprocVecEnv([partial(make_worker_env, arguments()) for _ in range(2)], start_method=start_method)
+    try:
+        local = DummyVecEnv([partial(make_env, arguments()) for _ in range(2)])
+        subproc.seed(1)
+        local.seed(1)
+        assert np.array_equal(subproc.reset(), local.reset())
+        if os.name != "nt":
+            for process in subproc.processes:
+                os.kill(process.pid, signal.SIGINT)
+        rng = np.random.default_rng(0)
+        for _ in range(100):
+            actions = rng.integers(4, size=2)
+            for theirs, ours in zip(subproc.step(actions)[:3], local.step(actions)[:3], strict=True):
+                assert np.array_equal(theirs, ours)
+    finally:
+        subproc.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*Overwriting existing videos")
+def test_film_of_the_first_episode(tmp_path):
+    env = make_env(arguments(time_limit=40), evaluation=True, render_mode="rgb_array", video_dir=tmp_path)
+    env.reset(seed=0)
+    for _ in range(2):  # the second episode is not filmed
+        num_steps = 1
+        while not env.step(0)[3] and num_steps < 1000:
+            num_steps += 1
+        env.reset()
+    env.close()
+    (path,) = tmp_path.glob("*.mp4")
+    film = cv2.VideoCapture(str(path))
+    assert film.get(cv2.CAP_PROP_FPS) == 15
+    assert abs(film.get(cv2.CAP_PROP_FRAME_COUNT) - num_steps - 1) <= 8  # the no-ops differ between the two games
+
+
+def test_rendering_shows_sprites_drawn_on_alternate_frames():
+    env = make_env(arguments("SpaceInvadersNoFrameskip-v4"), render_mode="rgb_array")
+    env.reset(seed=0)
+    for _ in range(50):
+        obs = env.step(1)[0]
+        assert np.array_equal(warp(env.render()), obs)

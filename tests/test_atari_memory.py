@@ -1,0 +1,178 @@
+"""The replay memory against a naive one that keeps whole stacks."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from dqn_atari import ReplayMemory, push_frames
+
+CPU = torch.device("cpu")
+
+
+class Naive:
+    """Per environment, every observation ever stored as a whole stack, with its transition where one followed."""
+
+    def __init__(self, num_envs):
+        self.rows = [[] for _ in range(num_envs)]  # [stack, transition or None]
+
+    def observe(self, env, stack):
+        self.rows[env].append([stack.copy(), None])
+
+    def valid(self, slots):
+        """What a ring of `slots` must still be able to draw: all with an action, but for the oldest three."""
+        for rows in self.rows:
+            oldest = max(0, len(rows) - slots + 3)
+            yield from (row for row in rows[oldest:] if row[1] is not None)
+
+
+def key(obs, action, reward, next_obs, terminated):
+    return obs.tobytes(), int(action), float(reward), next_obs.tobytes(), bool(terminated)
+
+
+class Run:
+    """Random frames, episode ends, life losses and truncations into a ReplayMemory and a Naive."""
+
+    def __init__(self, num_envs, buffer_size, seed, end_rate=0.2):
+        self.n, self.end_rate = num_envs, end_rate
+        self.rng = np.random.default_rng(seed)
+        self.memory, self.naive = ReplayMemory(buffer_size, num_envs), Naive(num_envs)
+        self.begin()
+
+    def frames(self):
+        # Never zero where padding could hide: each frame is one random non-zero byte pattern.
+        return self.rng.integers(1, 256, (self.n, 84, 84), dtype=np.uint8)
+
+    def begin(self):
+        frames = self.frames()
+        self.stacks = np.zeros((self.n, 4, 84, 84), np.uint8)
+        push_frames(self.stacks, frames, np.ones(self.n, bool))
+        self.memory.begin(frames)
+        for env in range(self.n):
+            self.naive.observe(env, self.stacks[env])
+
+    def step(self):
+        rng, n = self.rng, self.n
+        actions, rewards = rng.integers(18, size=n), rng.choice([-1.0, 0.0, 1.0, 2.5], n)
+        ended = rng.random(n) < self.end_rate
+        terminated = ended & (rng.random(n) < 0.6)  # the others are truncated
+        last, first = self.frames(), self.frames()
+        first[~ended] = last[~ended]
+        before = self.stacks.copy()
+        next_stacks = self.stacks.copy()
+        push_frames(next_stacks, last, np.zeros(n, bool))
+        push_frames(self.stacks, first, ended)
+        for env in range(n):
+            row = self.naive.rows[env]
+            row[-1][1] = key(before[env], actions[env], rewards[env], next_stacks[env], terminated[env])
+            self.naive.observe(env, next_stacks[env])
+            if ended[env]:
+                self.naive.observe(env, self.stacks[env])
+        self.memory.add(actions, rewards, last, terminated, ended, first)
+
+    def expected(self):
+        return [row[1] for row in self.naive.valid(self.memory.capacity // self.n)]
+
+
+def num_drawable(memory):
+    return int(memory.arrays["drawable"].sum())
+
+
+def drawn(memory, batch_size, seed=0):
+    torch.manual_seed(seed)
+    return [key(*row) for row in zip(*(column.numpy() for column in memory.sample(batch_size, CPU)), strict=True)]
+
+
+def check(run):
+    expected = run.expected()
+    assert num_drawable(run.memory) == len(expected)
+    # 12 draws per transition leave one out with probability e^-12 each.
+    assert set(drawn(run.memory, 12 * len(expected) + 64)) == set(expected)
+
+
+@pytest.mark.parametrize("num_envs, buffer_size", [(1, 1), (1, 7), (1, 23), (2, 20), (3, 31), (5, 17), (8, 64)])
+@pytest.mark.parametrize("end_rate", [0.0, 0.15, 0.6, 1.0])
+def test_equals_a_memory_of_whole_stacks(num_envs, buffer_size, end_rate):
+    run = Run(num_envs, buffer_size, seed=buffer_size, end_rate=end_rate)
+    slots = run.memory.capacity // num_envs
+    for step in range(2 * slots + 5):  # more than two turns of the ring
+        run.step()
+        if step < 4 or step % 3 == 0:
+            check(run)
+
+
+def test_next_obs_of_an_ended_episode_is_its_last_observation():
+    memory = ReplayMemory(10, 1)
+    frame = {name: np.full((1, 84, 84), value, np.uint8) for value, name in enumerate(["first", "last", "reset"], 1)}
+    memory.begin(frame["first"])
+    memory.add([2], [1.0], frame["last"], np.array([False]), np.array([True]), frame["reset"])
+    obs, actions, rewards, next_obs, terminated = memory.sample(3, CPU)
+    assert obs[:, :, 0, 0].tolist() == [[0, 0, 0, 1]] * 3
+    assert next_obs[:, :, 0, 0].tolist() == [[0, 0, 1, 2]] * 3
+    assert (actions.tolist(), rewards.tolist(), terminated.tolist()) == ([2] * 3, [1.0] * 3, [0.0] * 3)
+
+
+def test_types_and_shapes():
+    run = Run(3, 30, seed=0)
+    run.step()
+    obs, actions, rewards, next_obs, terminated = run.memory.sample(32, CPU)
+    assert obs.shape == next_obs.shape == (32, 4, 84, 84) and obs.dtype == next_obs.dtype == torch.uint8
+    assert actions.shape == rewards.shape == terminated.shape == (32,)
+    assert (actions.dtype, rewards.dtype, terminated.dtype) == (torch.int64, torch.float32, torch.float32)
+
+
+def test_draws_are_uniform_and_repeatable():
+    run = Run(2, 20, seed=1)
+    for _ in range(40):
+        run.step()
+    assert drawn(run.memory, 50) == drawn(run.memory, 50) != drawn(run.memory, 50, seed=1)
+    draws = [hash(row) for row in drawn(run.memory, 4000)]
+    counts = np.unique(draws, return_counts=True)[1]
+    expected = 4000 / num_drawable(run.memory)
+    assert len(counts) == num_drawable(run.memory)
+    assert np.abs(counts - expected).max() < 6 * np.sqrt(expected)
+
+
+def test_batches_do_not_share_memory_with_the_ring():
+    run = Run(2, 20, seed=2)
+    run.step()
+    obs = run.memory.sample(4, CPU)[0]
+    kept = obs.clone()
+    run.memory.arrays["frames"][:] = 0
+    assert torch.equal(obs, kept)
+
+
+@pytest.mark.parametrize("num_envs", [1, 4, 7])
+def test_it_holds_buffer_size_transitions(num_envs):
+    run = Run(num_envs, 100, seed=0, end_rate=0.0)
+    for _ in range(250):
+        run.step()
+    assert 100 <= num_drawable(run.memory) <= 100 + 2 * num_envs
+
+
+def test_a_million_transitions_need_7_gigabytes():
+    assert 7.05e9 < ReplayMemory(1_000_000, 8).nbytes < 7.07e9  # the pages are never touched
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 6, 60])  # unwritten, part full, wrapped
+def test_state_dict(num_steps):
+    run = Run(3, 40, seed=3)
+    for _ in range(num_steps):
+        run.step()
+    file = io.BytesIO()
+    torch.save(run.memory.state_dict(), file)
+    assert len(file.getvalue()) < run.memory.filled * (84 * 84 + 16) + 10_000  # only what is filled
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    other = Run(3, 40, seed=4)
+    for _ in range(50):
+        other.step()  # stale contents must not survive
+    other.memory.load_state_dict(state)
+    if num_steps:
+        assert drawn(other.memory, 200) == drawn(run.memory, 200)
+    run.memory = other.memory
+    run.begin()  # a resumed run starts new episodes
+    for _ in range(30):
+        run.step()
+        check(run)
