@@ -18,9 +18,37 @@
 # ///
 """DQN on Atari: deep Q-learning from pixels.
 
-TODO docstring
+The algorithm of dqn_cartpole.py, which is the script to read first, with what pixels ask for: a preprocessing that
+makes 84x84 grey frames of a game, four of them stacked into an observation, a convolutional network, and a replay
+memory that stores each frame once. The games run in processes of their own and play on while this one learns.
+Mnih et al., "Human-level control through deep reinforcement learning", Nature 518 (2015).
+
+    python dqn_atari.py --env-id BreakoutNoFrameskip-v4          # the usual benchmark: 10 million transitions
+    python dqn_atari.py --env-id PongNoFrameskip-v4 --video
+    python dqn_atari.py --resume runs/NAME
+    python dqn_atari.py --play runs/NAME/best.pt --render
+
+An hour on a laptop (two cores, no GPU):
+
+HOURCMD
+
+TODO RESULT
+
+Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 46 hours of
+play. A gradient step comes every 4 transitions. The target network is copied every 1,000 transitions, 250 gradient
+steps: the Nature paper's table says 10,000 and means gradient steps, which its RMSProp at 2.5e-4 could wait for.
+
+Differences from the paper: Adam 1e-4 instead of RMSProp; a target copy every 1,000 transitions; several games side by
+side; a game that runs out of time is bootstrapped. As there: no-op starts, 4 frames per action, the maximum of the last
+two, one life per episode, rewards -1, 0, 1, the error clipped (Huber loss), epsilon from 1 over a million transitions.
+No double or dueling networks, no prioritised replay, no n-step returns.
+
+Differences from dqn_cartpole.py, by section. Environment: AtariGame, push_frames. Network: convolutions, bfloat16.
+Replay memory: frames. Equations: make_optimizer. Training: stacks of frames; refilling the memory after a resume; the
+learning rate is constant. Evaluation: whole games, raw score, at --eval-epsilon.
 """
 
+import argparse
 import copy
 import importlib.util
 import json
@@ -45,6 +73,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # === Arguments ========================================================================================================
@@ -91,10 +120,10 @@ class Args:
     epsilon_schedule: Literal["linear", "exponential"] = "linear"  # the way from start to end
 
     # optimisation
-    optimizer: Literal["adam", "rmsprop"] = "adam"
+    optimizer: Literal["adam", "rmsprop"] = "adam"  # the paper has RMSProp, today's benchmarks Adam
     learning_rate: float = 1e-4  # step size of the optimiser
+    optimizer_eps: float = 1e-8  # added to the root mean square that is divided by (DeepMind's RMSProp adds it inside)
     rmsprop_alpha: float = 0.95  # smoothing of RMSProp's mean square
-    rmsprop_eps: float = 1e-2  # added outside the square root; DeepMind's RMSProp adds it inside
     loss: Literal["mse", "huber"] = "huber"  # of the TD error; huber is what the paper calls clipping the error
     max_grad_norm: float = 0.0  # clips the global norm of the gradient; 0 does not
     max_grad_value: float = 0.0  # clips each entry of the gradient; 0 does not
@@ -116,7 +145,7 @@ class Args:
             psutil.virtual_memory().available / 1e9,
         )  # GB; 84 * 84 bytes and 16
         fits = f"takes {needed:.1f} GB where {free:.1f} GB are free; {int(free * 0.9e9 / 7072)} transitions would fit"
-        require(self, "buffer_size", needed < free, fits)
+        require(self, "buffer_size", needed < free or self.play != "", fits)
 
 
 # === Environment ======================================================================================================
@@ -126,6 +155,11 @@ class AtariGame(gym.Wrapper):
     """A game as the agent meets it: one 84x84 grey frame and one reward for every 4 emulator frames.
 
     The preprocessing of the Nature paper (Mnih et al., 2015, Methods), in one class so that its order can be read.
+    Four frames per action let an agent see 15 decisions a second instead of 60: the same game in a quarter of the
+    steps, so a reward comes a quarter as many discounts after the action that earned it, and things move far enough
+    between two observations to show where they go. In Breakout a hit brick pays dozens of steps after the paddle met
+    the ball; the TD target hands that value back one step per update, from the brick to the paddle.
+
     It drives the emulator itself, for speed: a full RGB screen is fetched for 2 of 4 frames, and wrappers below this
     one see no steps. Stacking 4 observations is left to the main process, so a quarter of the bytes cross the pipe.
 
@@ -299,11 +333,11 @@ class QNetwork(nn.Module):
             nn.Flatten(),  # -> (B, 3136)
             nn.Linear(3136, 512),
             nn.ReLU(),
-        ).to(memory_format=torch.channels_last)  # the layout in which the convolutions' backward pass is fastest
+        ).to(memory_format=torch.channels_last)  # float32 convolutions: a tenth of an update faster in this layout
         self.head = nn.Linear(512, action_space.n)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        pixels = obs.to(self.precision, memory_format=torch.channels_last) / 255.0
+        pixels = obs.to(self.precision).div_(255.0)  # the only place where pixels are scaled
         with torch.autocast(obs.device.type, self.precision, enabled=self.precision != torch.float32):
             features = self.layers(pixels)
         # The head stays in float32: the 8 significant bits of bfloat16 cannot tell one action's Q-value from another's.
@@ -436,8 +470,8 @@ def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, g
 
 def make_optimizer(parameters: list, args: Args) -> torch.optim.Optimizer:
     if args.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)  # fused: one kernel for all layers
-    return torch.optim.RMSprop(parameters, args.learning_rate, args.rmsprop_alpha, args.rmsprop_eps)
+        return torch.optim.Adam(parameters, args.learning_rate, eps=args.optimizer_eps, fused=True)  # one kernel
+    return torch.optim.RMSprop(parameters, args.learning_rate, args.rmsprop_alpha, args.optimizer_eps)
 
 
 @torch.no_grad()
@@ -623,9 +657,13 @@ def check_args(args):
         require(args, "track", importlib.util.find_spec(args.track) is not None, f"first: pip install {args.track}")
     select_device(args.device, auto="cpu")
     try:
-        make_env(args).close()
+        env = make_env(args)
     except (gym.error.Error, ImportError, ValueError) as error:
         raise ValueError(f"--env-id {args.env_id}: {error}") from None
+    modes = env.metadata.get("render_modes", [])
+    require(args, "video", not args.video or "rgb_array" in modes, "this environment cannot draw itself")
+    require(args, "render", not args.render or "human" in modes, "this environment has no window")
+    env.close()
 
 
 def select_device(name: str, auto: str) -> torch.device:
@@ -653,7 +691,7 @@ def save_atomically(contents: dict, path: Path):
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint of this script; weights_only: tensors and plain numbers, nothing that could run code."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] != SCRIPT:
             raise ValueError(f"it was written by {checkpoint['script']}.py")
     except Exception as error:  # a broken file can fail in any way
@@ -677,15 +715,13 @@ class Run:
         self.checkpoint = load_checkpoint(self.dir / "last.pt") if args.resume else None
 
     def __enter__(self):
-        from torch.utils.tensorboard import SummaryWriter  # here, so that --help does not wait for it
-
         args, step = self.args, self.checkpoint["counts"]["global_step"] if self.checkpoint else 0
         try:
             self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
             rows = ["step,metric,value"]
             if args.resume:  # what a killed run reported after its last checkpoint will be reported again
                 lines = (self.dir / "progress.csv").read_text().splitlines()
-                rows += [line for line in lines[1:] if int(line.split(",")[0]) <= step]
+                rows += [line for line in lines[1:] if line.count(",") == 2 and int(line.split(",")[0]) <= step]
             self.csv_file = open(self.dir / "progress.csv", "w")
             self.csv_file.write("\n".join(rows) + "\n")
             (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
@@ -825,8 +861,6 @@ class Run:
         if (self.dir / "best.pt").exists():
             best.load_state_dict(load_checkpoint(self.dir / "best.pt")["network"])
         best_returns = evaluate(args, best, args.final_eval_episodes, seed)
-        if args.video:
-            evaluate(args, best, 1, seed, render_mode="rgb_array", video_dir=self.dir / "videos")
         threshold = gym.spec(args.env_id.rpartition(":")[2]).reward_threshold  # [2]: without the module
         solved = [e for e in self.record["evaluations"] if threshold is not None and e[1] >= threshold]
         result = {
@@ -848,23 +882,14 @@ class Run:
             f"final network: {returns.mean():.1f} over {len(returns)} episodes (min {returns.min():.0f}); "
             f"best network: {best_returns.mean():.1f}; {seconds:.1f} s of training"
         )
+        if args.video:
+            evaluate(args, best, 1, seed, render_mode="rgb_array", video_dir=self.dir / "videos")
         return result
-
-
-def parse_again(saved: dict, may_change: set) -> "Args":
-    """Parse the command line with a saved run's arguments as the defaults; refuse changes other than those named."""
-    default = Args(**{**saved, "run_dir": "", "resume": "", "play": "", "render": False, "video": False})
-    args = tyro.cli(Args, default=default)
-    for name in asdict(args).keys() - may_change - {"resume", "play"}:
-        if getattr(args, name) != getattr(default, name):
-            refuse(f"--{name.replace('_', '-')} is {getattr(default, name)} in the saved run and cannot be changed")
-    return args
 
 
 def play(args, network_class):
     """Evaluate a checkpoint; with --render in a window, with --video as a film beside the checkpoint."""
     checkpoint = load_checkpoint(Path(args.play))
-    args = parse_again(checkpoint["args"], PLAY_MAY_CHANGE)
     env = make_env(args)
     network = network_class(env.observation_space, env.action_space, args).to(select_device(args.device, auto="cpu"))
     try:
@@ -881,13 +906,36 @@ def play(args, network_class):
     print(f"return {returns.mean():.1f} over {len(returns)} episodes ({returns.min():.0f} to {returns.max():.0f})")
 
 
+def parse_args() -> "Args":
+    """Parse the command line; with --resume and --play, the saved arguments take the place of the defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", default="")
+    parser.add_argument("--play", default="")
+    given = vars(parser.parse_known_args()[0])
+    if not given["resume"] and not given["play"]:
+        return tyro.cli(Args)
+    try:
+        if given["resume"]:
+            saved = json.loads(Path(given["resume"], "args.json").read_text())
+        else:
+            saved = load_checkpoint(Path(given["play"]))["args"]
+        fresh = {"run_dir": "", "device": "auto", "render": False, "video": False, "track": "none"}
+        default = Args(**{**saved, **fresh, **given})
+    except (OSError, TypeError, ValueError) as error:
+        refuse(f"cannot go on from {given['resume'] or given['play']}: {error}")
+    args = tyro.cli(Args, default=default)
+    may_change = RESUME_MAY_CHANGE if args.resume else PLAY_MAY_CHANGE
+    for name, value in asdict(default).items():
+        if getattr(args, name) != value and name not in may_change:
+            refuse(f"--{name.replace('_', '-')} is {value} in the saved run and cannot be changed")
+    return args
+
+
 def main(network_class):
-    args = tyro.cli(Args)
+    args = parse_args()
     try:
         if args.play:
             play(args, network_class)
-        elif args.resume:
-            train(parse_again(load_checkpoint(Path(args.resume, "last.pt"))["args"], RESUME_MAY_CHANGE))
         else:
             train(args)
     except KeyboardInterrupt:  # before the first step, or after the last

@@ -15,9 +15,38 @@
 # ///
 """DQN on CartPole: deep Q-learning, small and complete.
 
-TODO docstring
+A network learns Q(s, a), the return to expect after action a in state s, from its own later guesses: the value of an
+action is the reward plus the discounted value of the best action that follows. Two things keep that from chasing its
+own tail: old transitions are drawn at random from a replay memory, and the later guesses come from a target network
+that trails behind. Mnih et al., "Human-level control through deep reinforcement learning", Nature 518 (2015).
+
+    python dqn_cartpole.py                                       # about TODO s of training
+    python dqn_cartpole.py --seed 2 --video                      # and a film of the best network
+    python dqn_cartpole.py --env-id Acrobot-v1                   # another environment
+    python dqn_cartpole.py --resume runs/NAME --total-timesteps 200000
+    python dqn_cartpole.py --play runs/NAME/best.pt --render
+
+TODO RESULT
+
+Is my run healthy?         at 10 %      at 50 %      at 100 %
+    greedy return          TODO
+    loss
+    mean Q(s, a)
+
+What keeps this one stable. The usual curve rises to 500 and then falls again, and it need not be the network that
+forgets: near perfect play the TD errors almost vanish, and with them the root mean square of the gradient by which Adam
+divides its step. Whatever noise is left then moves the weights at full speed. Adam's usual epsilon, 1e-8, is no floor to
+that; 1e-4 is (--optimizer-eps): TODO
+Exploration stays at 20 % so that the memory goes on seeing how the pole falls; and a transition that only ran out of
+time is bootstrapped, for a policy that always survives would otherwise learn that surviving ends in nothing.
+
+Differences from the paper: a vector instead of pixels, so a small MLP; Adam instead of RMSProp, with a learning rate
+that falls to 0; a target network that follows slowly (--tau 0.02) instead of by copies; many environments side by side;
+the squared TD error is not clipped (--loss huber clips it); time limits are not taken for terminations. No double or
+dueling networks, no prioritised replay, no n-step returns.
 """
 
+import argparse
 import copy
 import importlib.util
 import json
@@ -39,6 +68,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # === Arguments ========================================================================================================
@@ -62,20 +92,20 @@ class Args:
     track_project: str = "dqn"  # the tracker's project
 
     # environment
-    num_envs: int = 8  # environments that step side by side
+    num_envs: int = 16  # environments that step side by side
     vec_env: Literal["dummy", "subproc"] = "dummy"  # all in this process, or one process each (CartPole is too light)
     time_limit: int | None = None  # steps per episode in place of the environment's own limit; -1 removes it
 
     # algorithm
     total_timesteps: int = 100_000  # transitions, summed over the environments
     learning_starts: int = 1_000  # transitions before the first gradient step
-    train_frequency: int = 4  # transitions per gradient step
-    target_frequency: int = 4  # transitions per update of the target network
+    train_frequency: int = 5  # transitions per gradient step
+    target_frequency: int = 5  # transitions per update of the target network
     tau: float = 0.02  # share of the online network in that update; 1 copies it whole
-    gamma: float = 0.99  # discount per step
+    gamma: float = 0.995  # discount per step
     buffer_size: int = 100_000  # transitions in the replay memory
-    batch_size: int = 256  # transitions per gradient step
-    hidden_size: int = 128  # units in each of the two hidden layers
+    batch_size: int = 128  # transitions per gradient step
+    hidden_size: int = 64  # units in each of the two hidden layers
 
     # exploration
     epsilon_start: float = 1.0  # probability of a random action at the start
@@ -84,7 +114,8 @@ class Args:
     epsilon_schedule: Literal["linear", "exponential"] = "linear"  # the way from start to end
 
     # optimisation
-    learning_rate: float = 1e-3  # of Adam, at the start
+    learning_rate: float = 4e-3  # of Adam, at the start
+    optimizer_eps: float = 1e-4  # added to the root mean square that Adam divides by: see the docstring
     learning_rate_end: float = 0.0  # and after learning_rate_steps
     learning_rate_steps: int = 100_000  # transitions over which the learning rate falls linearly
     loss: Literal["mse", "huber"] = "mse"  # of the TD error
@@ -99,6 +130,7 @@ class Args:
         check_args(self)
         require(self, "batch_size", self.batch_size <= self.buffer_size, "give at most --buffer-size")
         require(self, "learning_starts", self.learning_starts < self.total_timesteps, "give less than the total")
+        require(self, "learning_starts", self.learning_starts >= self.num_envs, "give at least --num-envs")
 
 
 # === Environment ======================================================================================================
@@ -116,6 +148,8 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
         raise ValueError(f"its actions are {env.action_space}, and Q-learning takes a maximum over Discrete(n) actions")
     if evaluation and env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
+    # Copy: an environment may return the same array at every step, and a VecEnv resets it before handing it over.
+    env = gym.wrappers.TransformObservation(env, np.array, None)
     env = gym.wrappers.RecordEpisodeStatistics(env)
     if video_dir is not None:
         env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda episode: episode == 0)
@@ -267,7 +301,7 @@ def train(args: Args) -> dict:
     q_network = QNetwork(envs.observation_space, envs.action_space, args).to(device)
     target_network = copy.deepcopy(q_network)
     parameters, target_parameters = list(q_network.parameters()), list(target_network.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, fused=True)  # fused: one kernel for all layers
+    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=args.optimizer_eps, fused=True)  # one kernel
     memory = ReplayMemory(args.buffer_size, envs.observation_space.shape[0])
     epsilon_schedule = linear_schedule if args.epsilon_schedule == "linear" else exponential_schedule
     global_step = gradient_steps = target_syncs = evaluations = 0
@@ -410,9 +444,13 @@ def check_args(args):
         require(args, "track", importlib.util.find_spec(args.track) is not None, f"first: pip install {args.track}")
     select_device(args.device, auto="cpu")
     try:
-        make_env(args).close()
+        env = make_env(args)
     except (gym.error.Error, ImportError, ValueError) as error:
         raise ValueError(f"--env-id {args.env_id}: {error}") from None
+    modes = env.metadata.get("render_modes", [])
+    require(args, "video", not args.video or "rgb_array" in modes, "this environment cannot draw itself")
+    require(args, "render", not args.render or "human" in modes, "this environment has no window")
+    env.close()
 
 
 def select_device(name: str, auto: str) -> torch.device:
@@ -440,7 +478,7 @@ def save_atomically(contents: dict, path: Path):
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint of this script; weights_only: tensors and plain numbers, nothing that could run code."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["script"] != SCRIPT:
             raise ValueError(f"it was written by {checkpoint['script']}.py")
     except Exception as error:  # a broken file can fail in any way
@@ -464,15 +502,13 @@ class Run:
         self.checkpoint = load_checkpoint(self.dir / "last.pt") if args.resume else None
 
     def __enter__(self):
-        from torch.utils.tensorboard import SummaryWriter  # here, so that --help does not wait for it
-
         args, step = self.args, self.checkpoint["counts"]["global_step"] if self.checkpoint else 0
         try:
             self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
             rows = ["step,metric,value"]
             if args.resume:  # what a killed run reported after its last checkpoint will be reported again
                 lines = (self.dir / "progress.csv").read_text().splitlines()
-                rows += [line for line in lines[1:] if int(line.split(",")[0]) <= step]
+                rows += [line for line in lines[1:] if line.count(",") == 2 and int(line.split(",")[0]) <= step]
             self.csv_file = open(self.dir / "progress.csv", "w")
             self.csv_file.write("\n".join(rows) + "\n")
             (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
@@ -612,8 +648,6 @@ class Run:
         if (self.dir / "best.pt").exists():
             best.load_state_dict(load_checkpoint(self.dir / "best.pt")["network"])
         best_returns = evaluate(args, best, args.final_eval_episodes, seed)
-        if args.video:
-            evaluate(args, best, 1, seed, render_mode="rgb_array", video_dir=self.dir / "videos")
         threshold = gym.spec(args.env_id.rpartition(":")[2]).reward_threshold  # [2]: without the module
         solved = [e for e in self.record["evaluations"] if threshold is not None and e[1] >= threshold]
         result = {
@@ -635,23 +669,14 @@ class Run:
             f"final network: {returns.mean():.1f} over {len(returns)} episodes (min {returns.min():.0f}); "
             f"best network: {best_returns.mean():.1f}; {seconds:.1f} s of training"
         )
+        if args.video:
+            evaluate(args, best, 1, seed, render_mode="rgb_array", video_dir=self.dir / "videos")
         return result
-
-
-def parse_again(saved: dict, may_change: set) -> "Args":
-    """Parse the command line with a saved run's arguments as the defaults; refuse changes other than those named."""
-    default = Args(**{**saved, "run_dir": "", "resume": "", "play": "", "render": False, "video": False})
-    args = tyro.cli(Args, default=default)
-    for name in asdict(args).keys() - may_change - {"resume", "play"}:
-        if getattr(args, name) != getattr(default, name):
-            refuse(f"--{name.replace('_', '-')} is {getattr(default, name)} in the saved run and cannot be changed")
-    return args
 
 
 def play(args, network_class):
     """Evaluate a checkpoint; with --render in a window, with --video as a film beside the checkpoint."""
     checkpoint = load_checkpoint(Path(args.play))
-    args = parse_again(checkpoint["args"], PLAY_MAY_CHANGE)
     env = make_env(args)
     network = network_class(env.observation_space, env.action_space, args).to(select_device(args.device, auto="cpu"))
     try:
@@ -668,13 +693,36 @@ def play(args, network_class):
     print(f"return {returns.mean():.1f} over {len(returns)} episodes ({returns.min():.0f} to {returns.max():.0f})")
 
 
+def parse_args() -> "Args":
+    """Parse the command line; with --resume and --play, the saved arguments take the place of the defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", default="")
+    parser.add_argument("--play", default="")
+    given = vars(parser.parse_known_args()[0])
+    if not given["resume"] and not given["play"]:
+        return tyro.cli(Args)
+    try:
+        if given["resume"]:
+            saved = json.loads(Path(given["resume"], "args.json").read_text())
+        else:
+            saved = load_checkpoint(Path(given["play"]))["args"]
+        fresh = {"run_dir": "", "device": "auto", "render": False, "video": False, "track": "none"}
+        default = Args(**{**saved, **fresh, **given})
+    except (OSError, TypeError, ValueError) as error:
+        refuse(f"cannot go on from {given['resume'] or given['play']}: {error}")
+    args = tyro.cli(Args, default=default)
+    may_change = RESUME_MAY_CHANGE if args.resume else PLAY_MAY_CHANGE
+    for name, value in asdict(default).items():
+        if getattr(args, name) != value and name not in may_change:
+            refuse(f"--{name.replace('_', '-')} is {value} in the saved run and cannot be changed")
+    return args
+
+
 def main(network_class):
-    args = tyro.cli(Args)
+    args = parse_args()
     try:
         if args.play:
             play(args, network_class)
-        elif args.resume:
-            train(parse_again(load_checkpoint(Path(args.resume, "last.pt"))["args"], RESUME_MAY_CHANGE))
         else:
             train(args)
     except KeyboardInterrupt:  # before the first step, or after the last

@@ -1,0 +1,49 @@
+"""What the tests share: the scripts, and a way to run one as a user does."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(ROOT.glob("*.py"))
+assert SCRIPTS, f"no script in {ROOT}: every test below would pass for want of one"
+
+# The scripts are imported by name, so that worker processes can import them too.
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a screen
+os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
+torch.set_num_threads(1)
+
+
+def load(path: Path):
+    return importlib.import_module(path.stem)
+
+
+def environment() -> dict:
+    """Of a subprocess: one thread, and nothing of the repository on its path."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Run Python with these arguments in tmp_path, with stdin closed."""
+
+    def run(*args, timeout: float = 120, **env) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *map(str, args)],
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**environment(), **env},
+        )
+
+    return run

@@ -1,0 +1,98 @@
+"""Environments small enough to know everything about; ids such as toy_envs:Mixed-v0."""
+
+import os
+
+import gymnasium as gym
+import numpy as np
+
+
+class Counting(gym.Env):
+    """Every observation tells where it is from: [environment, episode, step, last action].
+
+    The environment's number comes from its seed, and episode e of environment n has lengths[(n + e) % len(lengths)]
+    steps unless a time limit ends it before. The reward is step + action / 2. With reuse_array, all observations are
+    the same array, overwritten.
+    """
+
+    def __init__(self, lengths=(10**9,), reuse_array=False, render_mode=None):
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
+        self.action_space = gym.spaces.Discrete(5)
+        self.render_mode = render_mode
+        self.lengths, self.reuse_array = lengths, reuse_array
+        self.array = np.zeros(4, np.float32)
+        self.number, self.episode = 0, -1
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.number, self.episode = seed % 1000, -1
+        self.episode += 1
+        self.steps, self.last_action = 0, -1
+        return self.observe(), {}
+
+    def step(self, action):
+        reward = self.steps + action / 2
+        self.steps, self.last_action = self.steps + 1, action
+        return self.observe(), float(reward), self.steps == self.length(self.number, self.episode), False, {}
+
+    def length(self, number, episode):
+        return self.lengths[(number + episode) % len(self.lengths)]
+
+    def observe(self):
+        array = self.array if self.reuse_array else np.zeros(4, np.float32)
+        array[:] = self.number, self.episode, self.steps, self.last_action
+        return array
+
+
+class Constant(gym.Env):
+    """One state, reward 1 at every step, no end but the time limit: V = 1 / (1 - gamma)."""
+
+    observation_space = gym.spaces.Box(0, 1, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        return np.ones(1, np.float32), 1.0, False, False, {}
+
+
+class Image(Constant):
+    observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+
+
+class Crashing(Constant):
+    """Takes its process with it after 50 steps, if its seed is even: one of two environments in a row."""
+
+    steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.even = seed % 2 == 0
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self.steps += 1
+        if self.even and self.steps == 50:
+            os._exit(1)
+        return super().step(action)
+
+
+LENGTHS = (3, 4, 5)
+TIME_LIMIT = 4
+COUNTING = {
+    "Terminated-v0": {"kwargs": {"lengths": LENGTHS}},
+    "Truncated-v0": {"max_episode_steps": TIME_LIMIT},
+    # Episodes of 3 terminate, those of 5 are truncated, and those of 4 are both at once.
+    "Mixed-v0": {"kwargs": {"lengths": LENGTHS}, "max_episode_steps": TIME_LIMIT},
+    "SameArray-v0": {"kwargs": {"lengths": LENGTHS, "reuse_array": True}, "max_episode_steps": TIME_LIMIT},
+}
+for name, options in COUNTING.items():
+    gym.register(name, entry_point=Counting, disable_env_checker=True, **options)
+gym.register("Constant-v0", entry_point=Constant, disable_env_checker=True, max_episode_steps=5)
+gym.register("Crashing-v0", entry_point=Crashing, disable_env_checker=True, max_episode_steps=5)
+gym.register("Image-v0", entry_point=Image, disable_env_checker=True, max_episode_steps=5)
