@@ -20,7 +20,7 @@
 
 The algorithm of dqn_cartpole.py, which is the script to read first, with what pixels ask for: a preprocessing that
 makes 84x84 grey frames of a game, four of them stacked into an observation, a convolutional network, and a replay
-memory that stores each frame once. The games run in processes of their own and play on while this one learns.
+memory that stores each frame once. The games run in processes of their own, and step while the main process learns.
 Mnih et al., "Human-level control through deep reinforcement learning", Nature 518 (2015).
 
     python dqn_atari.py --env-id BreakoutNoFrameskip-v4          # the usual benchmark: 10 million transitions
@@ -34,18 +34,23 @@ HOURCMD
 
 TODO RESULT
 
-Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 46 hours of
-play. A gradient step comes every 4 transitions. The target network is copied every 1,000 transitions, 250 gradient
-steps: the Nature paper's table says 10,000 and means gradient steps, which its RMSProp at 2.5e-4 could wait for.
+Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
+of play. A gradient step comes every 4 transitions, a copy to the target network every 1,000 transitions, which are
+250 gradient steps; the Nature paper's 10,000 are gradient steps. An episode's length is in frames.
 
-Differences from the paper: Adam 1e-4 instead of RMSProp; a target copy every 1,000 transitions; several games side by
-side; a game that runs out of time is bootstrapped. As there: no-op starts, 4 frames per action, the maximum of the last
-two, one life per episode, rewards -1, 0, 1, the error clipped (Huber loss), epsilon from 1 over a million transitions.
-No double or dueling networks, no prioritised replay, no n-step returns.
+A memory of a million transitions needs 7 GB, each game's process about 250 MB. Evaluations run in the main process
+while the others idle. A resumed run refills its memory before it learns on, unless --checkpoint-memory wrote it:
+expect a dip.
+
+Differences from the paper: Adam 1e-4 instead of RMSProp, more frequent target copies, 10 million transitions instead
+of 50, epsilon down to 0.01 instead of 0.1 (and 0.01 in evaluations, not 0.05), learning from 80,000 transitions on
+instead of 50,000, FIRE pressed where a game waits for it, several games side by side, a bootstrap where a game runs
+out of time. As there: no-op starts, 4 frames per action, the maximum of the last two, one life per episode, rewards
+-1, 0, 1, the TD error clipped (Huber loss). No double or dueling networks, no prioritised replay, no n-step returns.
 
 Differences from dqn_cartpole.py, by section. Environment: AtariGame, push_frames. Network: convolutions, bfloat16.
-Replay memory: frames. Equations: make_optimizer. Training: stacks of frames; refilling the memory after a resume; the
-learning rate is constant. Evaluation: whole games, raw score, at --eval-epsilon.
+Replay memory: frames. Equations: make_optimizer. Training: stacks of frames; a constant learning rate; refilling the
+memory after a resume. Evaluation: whole games, raw score, at --eval-epsilon.
 """
 
 import argparse
@@ -85,22 +90,22 @@ class Args:
 
     # run
     env_id: str = "BreakoutNoFrameskip-v4"  # an Atari id: {Game}NoFrameskip-v4, or ALE/{Game}-v5 for sticky actions
-    seed: int = 1  # of the network, the exploration, the replay memory and the environments
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto takes the GPU where there is one
+    seed: int = 1  # seed of the network, the exploration, the replay memory and the environments
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto is CUDA where there is one, else the CPU
     run_dir: str = ""  # where to write the run (default: runs/{env}__{script}__{seed}__{time})
     checkpoint_every: int = 250_000  # transitions between checkpoints
     checkpoint_memory: bool = False  # write the replay memory too: 7 GB for a million transitions
-    resume: str = ""  # a run directory: continue where it stopped
-    play: str = ""  # a checkpoint: evaluate it, without training
+    resume: str = ""  # run directory of a stopped run: continue it
+    play: str = ""  # checkpoint file: evaluate it, without training
     render: bool = False  # show environment 0 in a window
     video: bool = False  # film an episode of the best network into the run's videos/
     track: Literal["none", "swanlab", "wandb"] = "none"  # mirror TensorBoard to a tracker
-    track_project: str = "dqn"  # the tracker's project
+    track_project: str = "dqn"  # project name for the tracker
 
     # environment
     num_envs: int = 8  # games that are played side by side
-    vec_env: Literal["dummy", "subproc"] = "subproc"  # all in this process, or one process each
-    time_limit: int | None = None  # steps per game in place of the emulator's own limit (27,000); -1 removes it
+    vec_env: Literal["dummy", "subproc"] = "subproc"  # in this process, or a process each, which slow ones repay
+    time_limit: int | None = None  # steps per game in place of the emulator's own limit, 27,000; -1 removes it
 
     # algorithm
     total_timesteps: int = 10_000_000  # transitions, summed over the environments; 4 emulator frames each
@@ -108,23 +113,23 @@ class Args:
     learning_starts: int = 80_000  # transitions before the first gradient step
     train_frequency: int = 4  # transitions per gradient step
     target_frequency: int = 1_000  # transitions per update of the target network
-    tau: float = 1.0  # share of the online network in that update; 1 copies it whole
+    tau: float = 1.0  # how far that update moves the target network to the online one; 1 makes it a copy
     gamma: float = 0.99  # discount per step
     buffer_size: int = 1_000_000  # transitions in the replay memory; 7 kB each
     batch_size: int = 32  # transitions per gradient step
 
     # exploration
     epsilon_start: float = 1.0  # probability of a random action at the start
-    epsilon_end: float = 0.01  # and at the end of the schedule
-    exploration_steps: int = 1_000_000  # transitions: length of the linear schedule, time constant of the exponential
-    epsilon_schedule: Literal["linear", "exponential"] = "linear"  # the way from start to end
+    epsilon_end: float = 0.01  # probability of a random action at the end of the schedule
+    exploration_steps: int = 1_000_000  # transitions: length of a linear schedule, time constant of an exponential one
+    epsilon_schedule: Literal["linear", "exponential"] = "linear"  # how epsilon goes from start to end
 
     # optimisation
-    optimizer: Literal["adam", "rmsprop"] = "adam"  # the paper has RMSProp, today's benchmarks Adam
+    optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop is torch's: not centred, unlike DeepMind's
     learning_rate: float = 1e-4  # step size of the optimiser
-    optimizer_eps: float = 1e-8  # added to the root mean square that is divided by (DeepMind's RMSProp adds it inside)
+    optimizer_eps: float = 1e-8  # added to the root mean square that is divided by (DeepMind adds it under the root)
     rmsprop_alpha: float = 0.95  # smoothing of RMSProp's mean square
-    loss: Literal["mse", "huber"] = "huber"  # of the TD error; huber is what the paper calls clipping the error
+    loss: Literal["mse", "huber"] = "huber"  # loss of the TD error: its square, or linear beyond 1
     max_grad_norm: float = 0.0  # clips the global norm of the gradient; 0 does not
     max_grad_value: float = 0.0  # clips each entry of the gradient; 0 does not
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is faster where the processor has it
@@ -132,20 +137,22 @@ class Args:
     # evaluation
     eval_every: int = 250_000  # transitions between evaluations
     eval_episodes: int = 5  # whole games per evaluation
-    eval_epsilon: float = 0.01  # probability of a random action in an evaluation
-    final_eval_episodes: int = 30  # whole games of the final and of the best network, on other seeds
+    eval_epsilon: float = 0.01  # probability of a random action in evaluations; frees an agent that waits for FIRE
+    final_eval_episodes: int = 30  # whole games at the end, on seeds that were not used to choose the best network
 
     def __post_init__(self):
         check_args(self)
         require(self, "batch_size", self.batch_size <= self.buffer_size, "give at most --buffer-size")
         require(self, "learning_starts", self.learning_starts < self.total_timesteps, "give less than the total")
         require(self, "learning_starts", self.learning_starts >= self.num_envs, "give at least --num-envs")
-        needed, free = (
-            self.buffer_size * 7072 / 1e9,
-            psutil.virtual_memory().available / 1e9,
-        )  # GB; 84 * 84 bytes and 16
-        fits = f"takes {needed:.1f} GB where {free:.1f} GB are free; {int(free * 0.9e9 / 7072)} transitions would fit"
-        require(self, "buffer_size", needed < free or self.play != "", fits)
+        require(
+            self, "target_frequency", self.target_frequency >= self.train_frequency, "give --train-frequency or more"
+        )
+        # The memory takes its pages as it fills: without this check a run would be killed hours after its start.
+        needed = self.buffer_size * (84 * 84 + 8)  # bytes: a frame, and what else belongs to a transition
+        room = int(0.9 * psutil.virtual_memory().available)  # the rest is for the network and the workers
+        fits = f"takes {needed / 1e9:.1f} GB where {room / 1e9:.1f} GB are free; {room // 7064} transitions would fit"
+        require(self, "buffer_size", needed < room or self.play != "", fits)
 
 
 # === Environment ======================================================================================================
@@ -155,13 +162,12 @@ class AtariGame(gym.Wrapper):
     """A game as the agent meets it: one 84x84 grey frame and one reward for every 4 emulator frames.
 
     The preprocessing of the Nature paper (Mnih et al., 2015, Methods), in one class so that its order can be read.
-    Four frames per action let an agent see 15 decisions a second instead of 60: the same game in a quarter of the
-    steps, so a reward comes a quarter as many discounts after the action that earned it, and things move far enough
-    between two observations to show where they go. In Breakout a hit brick pays dozens of steps after the paddle met
-    the ball; the TD target hands that value back one step per update, from the brick to the paddle.
+    Four frames per action make 15 decisions a second of 60: a reward is a quarter as many steps from its cause, so it
+    is discounted less and the bootstrap carries it back sooner (in Breakout from the brick to the paddle, dozens of
+    steps before), and things move visibly from one observation to the next.
 
     It drives the emulator itself, for speed: a full RGB screen is fetched for 2 of 4 frames, and wrappers below this
-    one see no steps. Stacking 4 observations is left to the main process, so a quarter of the bytes cross the pipe.
+    one see no steps. Stacking is left to push_frames.
 
     training=True   an episode is one life, the reward its sign (-1, 0 or 1)
     training=False  an episode is a whole game, the reward the raw score gained
@@ -176,7 +182,7 @@ class AtariGame(gym.Wrapper):
         self.ale = env.unwrapped.ale
         meanings = env.unwrapped.get_action_meanings()
         self.actions = [ale_py.Action[meaning] for meaning in meanings]
-        # Some games wait for FIRE, some for a direction after it (action 2).
+        # FIRE starts some games, and a few of them need a second action.
         self.start_actions = [1, 2] if meanings[1] == "FIRE" else []
         self.screens = np.zeros((2, *self.ale.getScreenDims(), 3), np.uint8)  # the last two emulator frames
         self.grey = np.zeros(self.ale.getScreenDims(), np.uint8)
@@ -228,7 +234,7 @@ class AtariGame(gym.Wrapper):
         if self.game_over:
             self.finished = {"r": float(self.score), "l": self.ale.getEpisodeFrameNumber()}
         lives = self.ale.lives()
-        # A count of 0 is no lost life yet: some games (BankHeist) show it a while before they are over.
+        # Only a drop to a positive count is a lost life: some games (BankHeist) show 0 a while before they are over.
         if self.training and 0 < lives < self.lives:
             terminated = True
         self.lives = lives
@@ -282,15 +288,15 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
 def make_worker_env(args: Args, render_mode: str | None = None):
     """make_env for a worker process of SubprocVecEnv."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the main one decides what it means
-    torch.set_num_threads(1)  # n workers with a thread per core each would fight for the cores
+    torch.set_num_threads(1)  # an environment that uses torch would start a thread per core in each of n workers
     return make_env(args, render_mode=render_mode)
 
 
 def make_envs(args: Args):
     """Return num_envs environments behind SB3's VecEnv: obs (num_envs, *obs_shape), rewards and dones (num_envs,).
 
-    A VecEnv resets an environment inside the step that ends its episode. It then returns the first observation of the
-    next episode, and the one that ended the last is in infos[i]["terminal_observation"].
+    A VecEnv resets an environment inside the step that ends its episode, and returns the first observation of the next
+    one. The last observation of the ended episode is in infos[i]["terminal_observation"].
     """
     render_modes = ["human" if args.render and i == 0 else None for i in range(args.num_envs)]
     if args.vec_env == "dummy":
@@ -337,7 +343,7 @@ class QNetwork(nn.Module):
         self.head = nn.Linear(512, action_space.n)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        pixels = obs.to(self.precision).div_(255.0)  # the only place where pixels are scaled
+        pixels = obs.to(self.precision) / 255.0  # the only place where pixels are scaled
         with torch.autocast(obs.device.type, self.precision, enabled=self.precision != torch.float32):
             features = self.layers(pixels)
         # The head stays in float32: the 8 significant bits of bfloat16 cannot tell one action's Q-value from another's.
@@ -364,14 +370,15 @@ class ReplayMemory:
     next slot. The rings are interleaved in flat arrays: index = slot * num_envs + env, and the same environment's next
     slot is num_envs further on, modulo the capacity.
 
-    A transition goes by the index of its observation. drawable says which may be drawn; excluded are
+    A transition is named by the index of its observation. What may be drawn is marked drawable; excluded are
       - observations that ended an episode, and the newest of each environment: no action was taken there;
       - the 3 oldest of a full ring: the frames before them, which are part of their stack, are overwritten.
+    So every ended episode costs one transition: slightly fewer than buffer_size fit.
     """
 
     def __init__(self, buffer_size: int, num_envs: int):
         self.num_envs = num_envs
-        slots = math.ceil(buffer_size / num_envs) + 5  # 3 oldest, 1 newest, 1 that ended an episode
+        slots = math.ceil(buffer_size / num_envs) + 5  # the 3 oldest, the newest, one that ended an episode
         self.capacity = slots * num_envs
         self.arrays = {
             "frames": np.empty((self.capacity, 84, 84), np.uint8),  # takes physical memory only as it is written
@@ -382,7 +389,7 @@ class ReplayMemory:
             "drawable": np.zeros(self.capacity, bool),
         }
         self.newest = np.arange(num_envs) - num_envs  # (n,) index of each environment's newest observation
-        self.filled = 0  # indices below this one have been written
+        self.filled = 0  # no index from here on has been written
 
     def begin(self, frames: np.ndarray):
         """Store the first observations, (n, 84, 84), after a reset of all environments."""
@@ -406,7 +413,7 @@ class ReplayMemory:
         index = (self.newest[envs] + self.num_envs) % self.capacity
         self.arrays["frames"][index] = frames
         self.arrays["starts"][index] = starts
-        # No action was taken here yet, and the next three slots of a full ring lose a frame of their stack.
+        # The new slot has no action yet, and the next three of a full ring have lost a frame of their stack to it.
         self.arrays["drawable"][(index[:, None] + self.num_envs * np.arange(4)) % self.capacity] = False
         self.newest[envs] = index
         self.filled = max(self.filled, int(index.max()) + 1)
@@ -420,8 +427,8 @@ class ReplayMemory:
         # Frames t-3 .. t+1: obs and next_obs share three of the five, so one gather serves both.
         window = (index[:, None] + self.num_envs * np.arange(-3, 2)) % self.capacity  # (B, 5)
         frames = self.arrays["frames"][window]  # (B, 5, 84, 84)
-        # Zero what lies before the episode's start, as in the stack that the actor saw: frame k does if one of the
-        # frames k+1 .. t is a start. (Frame t+1 never is: it belongs to the episode of t.)
+        # Zero what lies before the start of the episode, as in the stack that the actor saw: frame k is zeroed where an
+        # episode starts at any of k+1 .. t. (None starts at t+1, which belongs to the episode of t.)
         starts = self.arrays["starts"][window[:, 1:4]]  # (B, 3): frames t-2 .. t
         frames[:, :3][np.logical_or.accumulate(starts[:, ::-1], axis=1)[:, ::-1]] = 0
 
@@ -453,13 +460,17 @@ class ReplayMemory:
 
 
 def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, gamma: float, loss: str):
-    """Return the TD loss of Mnih et al. (2015), equation 2, and Q(s, a) of the actions taken, (B,).
+    """Return the TD loss of Mnih et al. (2015), and Q(s, a) of the actions taken, (B,).
 
     y = r + gamma * max_a' Q_target(s', a')    where the episode went on, or only ran out of time (truncated)
     y = r                                      where it ended for good (terminated): no reward can follow
-    L = mean over the batch of (y - Q(s, a))^2
+    L = mean of (y - Q(s, a))^2, or of Huber's loss: half that square up to an error of 1, linear beyond
 
-    q_values: Q(s, .) of the online network, (B, A). next_q_values: Q_target(s', .) without gradient, (B, A).
+    That the maximum is taken, whichever action came next, makes old and random transitions as good to learn from as new
+    ones (off-policy); that it is a maximum over noisy estimates makes it too large on average.
+
+    q_values: Q(s, .) of the online network, (B, A). next_q_values: Q_target(s', .), (B, A), without gradient: only
+    Q(s, a) is to move.
     """
     q_taken = q_values.gather(1, batch.actions.unsqueeze(1)).squeeze(1)  # (B, A) -> (B,)
     next_q_max = next_q_values.max(dim=1).values  # (B, A) -> (B,)
@@ -507,19 +518,20 @@ def train(args: Args) -> dict:
     memory = ReplayMemory(args.buffer_size, args.num_envs)
     epsilon_schedule = linear_schedule if args.epsilon_schedule == "linear" else exponential_schedule
     stacks = np.zeros((args.num_envs, 4, 84, 84), np.uint8)  # what each environment's actor sees
-    global_step = gradient_steps = target_syncs = evaluations = 0
+    global_step = gradient_steps = target_syncs = 0
     learning_starts = args.learning_starts
 
     state = {"target_network": target_network, "optimizer": optimizer}
-    state |= {"memory": memory} if args.checkpoint_memory else {}
+    if args.checkpoint_memory:
+        state["memory"] = memory
     with Run(args, envs, q_network, **state) as run:
-        run.say(f"replay memory of {memory.nbytes / 1e9:.2f} GB")
+        run.say(f"replay memory of {memory.nbytes / 1e6:,.1f} MB")
         if args.resume:
-            global_step, gradient_steps, target_syncs, evaluations, learning_starts = run.restore()
+            global_step, gradient_steps, target_syncs = run.restore()
             if not args.checkpoint_memory:  # the memory is empty: fill it, at the current epsilon, before learning on
-                run.say(f"refilling the replay memory with {args.learning_starts:,} transitions")
+                run.say(f"no learning until {args.learning_starts:,} transitions have refilled the replay memory")
                 learning_starts = global_step + args.learning_starts - gradient_steps * args.train_frequency
-        envs.seed(train_seed + global_step)  # environment i gets train_seed + global_step + i
+        envs.seed(train_seed + global_step)  # environment i gets this + i; a resumed run begins other episodes
         frames = envs.reset()
         memory.begin(frames)
         push_frames(stacks, frames, ended=np.ones(args.num_envs, bool))
@@ -552,42 +564,32 @@ def train(args: Args) -> dict:
                 optimizer.step()
                 gradient_steps += 1
 
-                # Sync the target network, on the transitions' clock: this gradient step stands for train_frequency.
+                # Sync the target every target_frequency transitions; a gradient step stands for train_frequency.
                 if target_syncs < gradient_steps * args.train_frequency // args.target_frequency:
                     update_target(target_parameters, parameters, args.tau)
                     target_syncs += 1
 
-                if gradient_steps % 1_000 == 0:
+                if gradient_steps % 500 == 0:
                     metrics = {"loss": loss.item(), "q_taken": q_taken.mean().item(), "epsilon": epsilon}
                     run.write(global_step, {f"train/{name}": value for name, value in metrics.items()})
 
-            # Receive.
+            # Receive and store. Where an episode ended, next_frames holds the first frame of the next one already: the
+            # memory gets the true last one as well. Only termination masks the bootstrap.
             next_frames, rewards, dones, infos = envs.step_wait()
-
-            # Store. Where an episode ended, next_frames holds the first frame of the next one: the memory gets the last
-            # one as well. Only termination masks the bootstrap. A game that ended reports its raw score, whatever the
-            # learner takes for an episode.
-            last_frames, terminated = next_frames.copy(), dones.copy()
+            truncated = np.array([info["TimeLimit.truncated"] for info in infos])
+            last_frames = next_frames.copy()
             for i in np.flatnonzero(dones):
                 last_frames[i] = infos[i]["terminal_observation"]
-                terminated[i] = not infos[i]["TimeLimit.truncated"]
+            memory.add(actions, rewards, last_frames, dones & ~truncated, dones, next_frames)
+            push_frames(stacks, next_frames, ended=dones)
             for info in infos:
                 if "episode" in info:
                     run.write_episode(global_step, info["episode"])
-            memory.add(actions, rewards, last_frames, terminated, dones, next_frames)
-            push_frames(stacks, next_frames, dones)
 
-            # Evaluate, keep the best network, save.
-            if evaluations < global_step // args.eval_every:
-                evaluations += 1
+            # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
+            if global_step // args.eval_every > (global_step - args.num_envs) // args.eval_every:
                 run.evaluate(global_step, eval_seed)
-            run.tick(
-                global_step=global_step,
-                gradient_steps=gradient_steps,
-                target_syncs=target_syncs,
-                evaluations=evaluations,
-                learning_starts=learning_starts,
-            )
+            run.tick(global_step=global_step, gradient_steps=gradient_steps, target_syncs=target_syncs)
 
         return run.finish(final_seed)
 
@@ -597,10 +599,10 @@ def train(args: Args) -> dict:
 
 @torch.no_grad()
 def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env_options) -> np.ndarray:
-    """Play num_episodes whole games at eval_epsilon, one per environment, side by side; return their raw scores.
+    """Play num_episodes whole games at eval_epsilon, one per environment, side by side; return the raw rewards.
 
-    One game each: had a few environments played on until enough games were over, the short ones, which are over first,
-    would count too often. Environment i gets seed + i; env_options (render_mode, video_dir) go to the first.
+    One game each: the first N games to end would be the short ones. Environment i gets seed + i; env_options
+    (render_mode, video_dir) go to the first.
     """
     device, generator = next(network.parameters()).device, torch.Generator().manual_seed(seed)
     envs = [make_env(args, evaluation=True, **(env_options if i == 0 else {})) for i in range(num_episodes)]
@@ -630,12 +632,12 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 
 SCRIPT = Path(__file__).stem
-MAY_BE_ZERO = {"seed", "learning_starts", "epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "tau"}
+MAY_BE_ZERO = {"seed", "epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "tau"}
 MAY_BE_ZERO |= {"learning_rate_end", "max_grad_norm", "max_grad_value"}
 AT_MOST_ONE = {"epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "tau"}
-RESUME_MAY_CHANGE = {"total_timesteps", "device", "render", "video", "track", "track_project", "checkpoint_every"}
-RESUME_MAY_CHANGE |= {"eval_episodes", "final_eval_episodes"}
-PLAY_MAY_CHANGE = {"env_id", "seed", "device", "render", "video", "time_limit", "final_eval_episodes"}
+RESUME_MAY_CHANGE = {"total_timesteps", "target_return", "device", "render", "video", "track", "track_project"}
+RESUME_MAY_CHANGE |= {"checkpoint_every", "eval_episodes", "final_eval_episodes"}
+PLAY_MAY_CHANGE = {"env_id", "seed", "device", "render", "video", "time_limit", "final_eval_episodes", "eval_epsilon"}
 
 
 def require(args, name: str, condition: bool, remedy: str):
@@ -647,11 +649,12 @@ def require(args, name: str, condition: bool, remedy: str):
 def check_args(args):
     """Refuse what cannot work before anything is created."""
     for name, value in asdict(args).items():
-        if type(value) in (int, float) and name != "time_limit":
+        if type(value) in (int, float) and name not in ("time_limit", "target_return"):
             require(args, name, math.isfinite(value), "give a finite number")
             require(args, name, value > 0 or (value == 0 and name in MAY_BE_ZERO), "give a larger number")
             require(args, name, value <= 1 or name not in AT_MOST_ONE, "give a number from 0 to 1")
     require(args, "time_limit", args.time_limit in (None, -1) or args.time_limit > 0, "give a number of steps, or -1")
+    require(args, "play", not (args.play and args.resume), "give either --play or --resume")
     require(args, "run_dir", not (args.run_dir and Path(args.run_dir).exists()), "exists already; give another")
     if args.track != "none":
         require(args, "track", importlib.util.find_spec(args.track) is not None, f"first: pip install {args.track}")
@@ -700,7 +703,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 class Run:
-    """A run's directory, console, checkpoints and signals; a context manager that closes whatever it opened.
+    """A run's directory, console, checkpoints and signals; a context manager that closes them, and envs, at the end.
 
     network is what acts; state is what else a checkpoint needs: objects with state_dict and load_state_dict.
     """
@@ -747,21 +750,25 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if kind is not None and issubclass(kind, Exception) and self.counts["global_step"] > 0:
-            self.save()
-        if kind is None or not hasattr(self.envs, "processes"):
-            self.envs.close()
-        else:  # close() would wait for an answer from workers that may be gone
-            for process in self.envs.processes:
-                process.terminate()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.bar.close()
-        self.tensorboard.close()
-        self.csv_file.close()
+        try:
+            if kind is not None and issubclass(kind, Exception) and self.counts["global_step"] > 0:
+                self.save()  # in the middle of an iteration: resuming may repeat a few gradient steps
+        finally:
+            if kind is None or not hasattr(self.envs, "processes"):
+                self.envs.close()
+            else:  # close() would wait for an answer from workers that may be gone
+                for process in self.envs.processes:
+                    process.terminate()
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            self.bar.close()
+            self.tensorboard.close()
+            self.csv_file.close()
         if kind is not None and (self.dir / "last.pt").exists():
             print(f"stopped; to go on: python {SCRIPT}.py --resume {self.dir}", file=sys.stderr)
         if kind in (EOFError, BrokenPipeError, ConnectionResetError):
+            if self.signal:  # it went to the workers as well, and they were faster
+                raise SystemExit(128 + self.signal)
             print(f"{SCRIPT}: a worker process of the environments died; its own error stands above", file=sys.stderr)
             raise SystemExit(1)
 
@@ -769,6 +776,7 @@ class Run:
         """Remember Ctrl-C or kill until the next tick, where a checkpoint is consistent; obey a second one at once."""
         self.signal = number
         signal.signal(number, self.handlers[number])
+        self.say("stopping after this step; once more stops at once")
 
     def say(self, line: str):
         tqdm.write(line)  # above the progress bar, where there is one
@@ -787,7 +795,7 @@ class Run:
             self.csv_file.write(f"{global_step},{name},{value}\n")
 
     def write_episode(self, global_step: int, episode: dict):
-        """Report a training episode, as RecordEpisodeStatistics describes it."""
+        """Report a training episode: its return "r" and its length "l"."""
         last_returns = self.record["last_returns"] = [*self.record["last_returns"][-99:], float(episode["r"])]
         self.write(global_step, {"train/episode_return": last_returns[-1], "train/episode_length": int(episode["l"])})
         self.write(global_step, {"train/return_mean_100": float(np.mean(last_returns))})
@@ -830,38 +838,43 @@ class Run:
     def save(self):
         """Write last.pt: all that --resume needs."""
         before = time.perf_counter()
+        self.csv_file.flush()
+        self.tensorboard.flush()
         if all(torch.isfinite(p).all() for p in self.network.parameters()):  # else keep the last good one
             record = {**self.record, "seconds": self.seconds(), "wall_seconds": self.wall_seconds()}
             contents = {"script": SCRIPT, "args": asdict(self.args), "counts": self.counts, "record": record}
             contents |= {name: value.state_dict() for name, value in self.state.items()}
             save_atomically({**contents, "torch_rng": torch.get_rng_state()}, self.dir / "last.pt")
-        self.csv_file.flush()
-        self.tensorboard.flush()
         self.paused += time.perf_counter() - before
 
     def restore(self):
         """Load last.pt into the network and the state; return the counts in the order in which tick received them."""
         for name, value in self.state.items():
-            value.load_state_dict(self.checkpoint[name])
+            value.load_state_dict(self.checkpoint.pop(name))
         torch.set_rng_state(self.checkpoint["torch_rng"])
         self.counts, self.record = self.checkpoint["counts"], self.checkpoint["record"]
+        if (self.dir / "best.pt").exists():  # it may be of after the checkpoint
+            self.record["best"] = max(self.record["best"], load_checkpoint(self.dir / "best.pt")["return_mean"])
+        self.checkpoint = None
         return self.counts.values()
 
     def wall_seconds(self) -> float:
         return self.record["wall_seconds"] + time.perf_counter() - self.started
 
     def finish(self, seed: int) -> dict:
-        """Save; evaluate the final network and the best one on seeds that neither was chosen by; write result.json."""
+        """Save; evaluate the final and the best network on seeds not used so far; write result.json."""
         seconds, args = self.seconds(), self.args
         self.save()
         for number, handler in self.handlers.items():  # all is saved: Ctrl-C and kill may act at once
             signal.signal(number, handler)
+        if self.signal:
+            raise SystemExit(128 + self.signal)
         returns = evaluate(args, self.network, args.final_eval_episodes, seed)
         best = copy.deepcopy(self.network)
         if (self.dir / "best.pt").exists():
             best.load_state_dict(load_checkpoint(self.dir / "best.pt")["network"])
         best_returns = evaluate(args, best, args.final_eval_episodes, seed)
-        threshold = gym.spec(args.env_id.rpartition(":")[2]).reward_threshold  # [2]: without the module
+        threshold = make_env(args).unwrapped.spec.reward_threshold
         solved = [e for e in self.record["evaluations"] if threshold is not None and e[1] >= threshold]
         result = {
             **self.counts,
@@ -938,7 +951,7 @@ def main(network_class):
             play(args, network_class)
         else:
             train(args)
-    except KeyboardInterrupt:  # before the first step, or after the last
+    except KeyboardInterrupt:  # outside the training loop, or the second one
         raise SystemExit(128 + signal.SIGINT) from None
 
 

@@ -15,35 +15,33 @@
 # ///
 """DQN on CartPole: deep Q-learning, small and complete.
 
-A network learns Q(s, a), the return to expect after action a in state s, from its own later guesses: the value of an
-action is the reward plus the discounted value of the best action that follows. Two things keep that from chasing its
-own tail: old transitions are drawn at random from a replay memory, and the later guesses come from a target network
-that trails behind. Mnih et al., "Human-level control through deep reinforcement learning", Nature 518 (2015).
+A network learns Q(s, a), the discounted sum of rewards to expect after action a in state s. Its target is the reward
+plus gamma times its own estimate for the best next action. Learning from one's own estimates is unstable, and two
+things help: transitions are drawn at random from a replay memory, and the estimates come from a target network that
+trails behind. A transition is one step of one environment: observation, action, reward, next observation, and whether
+the episode ended. Mnih et al., "Human-level control through deep reinforcement learning", Nature 518 (2015).
 
-    python dqn_cartpole.py                                       # about TODO s of training
+    python dqn_cartpole.py
     python dqn_cartpole.py --seed 2 --video                      # and a film of the best network
-    python dqn_cartpole.py --env-id Acrobot-v1                   # another environment
-    python dqn_cartpole.py --resume runs/NAME --total-timesteps 200000
+    python dqn_cartpole.py --env-id Acrobot-v1 --gamma 0.99      # another environment
+    python dqn_cartpole.py --resume runs/NAME --total-timesteps 160000
     python dqn_cartpole.py --play runs/NAME/best.pt --render
 
-TODO RESULT
+Watch it with `tensorboard --logdir runs`.
 
-Is my run healthy?         at 10 %      at 50 %      at 100 %
-    greedy return          TODO
-    loss
-    mean Q(s, a)
+RESULT
 
-What keeps this one stable. The usual curve rises to 500 and then falls again, and it need not be the network that
-forgets: near perfect play the TD errors almost vanish, and with them the root mean square of the gradient by which Adam
-divides its step. Whatever noise is left then moves the weights at full speed. Adam's usual epsilon, 1e-8, is no floor to
-that; 1e-4 is (--optimizer-eps): TODO
-Exploration stays at 20 % so that the memory goes on seeing how the pole falls; and a transition that only ran out of
-time is bootstrapped, for a policy that always survives would otherwise learn that surviving ends in nothing.
+HEALTH
+
+STABLE
 
 Differences from the paper: a vector instead of pixels, so a small MLP; Adam instead of RMSProp, with a learning rate
-that falls to 0; a target network that follows slowly (--tau 0.02) instead of by copies; many environments side by side;
-the squared TD error is not clipped (--loss huber clips it); time limits are not taken for terminations. No double or
+that falls to 0; a target network that follows slowly (--tau 0.02) instead of by copies; many environments side by
+side; the TD error is not clipped (--loss huber does that); time limits are not taken for terminations. No double or
 dueling networks, no prioritised replay, no n-step returns.
+
+The same seed gives the same parameters to the bit, on a CPU with the same versions. A resumed run is not the same to
+the bit: it begins new episodes.
 """
 
 import argparse
@@ -80,28 +78,29 @@ class Args:
 
     # run
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:EnvName-v0 imports your own module first
-    seed: int = 1  # of the network, the exploration, the replay memory and the environments
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto takes the CPU, which is faster for so small a network
+    seed: int = 1  # seed of the network, the exploration, the replay memory and the environments
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto is the CPU, which is faster for so small a network
     run_dir: str = ""  # where to write the run (default: runs/{env}__{script}__{seed}__{time})
     checkpoint_every: int = 50_000  # transitions between checkpoints
-    resume: str = ""  # a run directory: continue where it stopped
-    play: str = ""  # a checkpoint: evaluate it, without training
+    resume: str = ""  # run directory of a stopped run: continue it
+    play: str = ""  # checkpoint file: evaluate it, without training
     render: bool = False  # show environment 0 in a window
     video: bool = False  # film an episode of the best network into the run's videos/
     track: Literal["none", "swanlab", "wandb"] = "none"  # mirror TensorBoard to a tracker
-    track_project: str = "dqn"  # the tracker's project
+    track_project: str = "dqn"  # project name for the tracker
 
     # environment
     num_envs: int = 16  # environments that step side by side
-    vec_env: Literal["dummy", "subproc"] = "dummy"  # all in this process, or one process each (CartPole is too light)
+    vec_env: Literal["dummy", "subproc"] = "dummy"  # in this process, or a process each, which slow ones repay
     time_limit: int | None = None  # steps per episode in place of the environment's own limit; -1 removes it
 
     # algorithm
-    total_timesteps: int = 100_000  # transitions, summed over the environments
+    total_timesteps: int = 80_000  # transitions, summed over the environments
+    target_return: float | None = None  # end the run once the last 100 training episodes have this mean return
     learning_starts: int = 1_000  # transitions before the first gradient step
     train_frequency: int = 5  # transitions per gradient step
     target_frequency: int = 5  # transitions per update of the target network
-    tau: float = 0.02  # share of the online network in that update; 1 copies it whole
+    tau: float = 0.02  # how far that update moves the target network to the online one; 1 makes it a copy
     gamma: float = 0.995  # discount per step
     buffer_size: int = 100_000  # transitions in the replay memory
     batch_size: int = 128  # transitions per gradient step
@@ -109,28 +108,30 @@ class Args:
 
     # exploration
     epsilon_start: float = 1.0  # probability of a random action at the start
-    epsilon_end: float = 0.2  # and at the end of the schedule
-    exploration_steps: int = 10_000  # transitions: length of the linear schedule, time constant of the exponential one
-    epsilon_schedule: Literal["linear", "exponential"] = "linear"  # the way from start to end
+    epsilon_end: float = 0.2  # probability of a random action at the end of the schedule
+    exploration_steps: int = 10_000  # transitions: length of a linear schedule, time constant of an exponential one
+    epsilon_schedule: Literal["linear", "exponential"] = "linear"  # how epsilon goes from start to end
 
     # optimisation
-    learning_rate: float = 4e-3  # of Adam, at the start
+    learning_rate: float = 4e-3  # step size of Adam at the start
+    learning_rate_end: float = 0.0  # step size at the end; it falls linearly over total_timesteps
     optimizer_eps: float = 1e-4  # added to the root mean square that Adam divides by: see the docstring
-    learning_rate_end: float = 0.0  # and after learning_rate_steps
-    learning_rate_steps: int = 100_000  # transitions over which the learning rate falls linearly
-    loss: Literal["mse", "huber"] = "mse"  # of the TD error
+    loss: Literal["mse", "huber"] = "mse"  # loss of the TD error: its square, or linear beyond 1
     max_grad_norm: float = 0.0  # clips the global norm of the gradient; 0 does not
 
     # evaluation
-    eval_every: int = 5_000  # transitions between evaluations
+    eval_every: int = 4_000  # transitions between evaluations
     eval_episodes: int = 20  # greedy episodes per evaluation
-    final_eval_episodes: int = 100  # greedy episodes of the final and of the best network, on other seeds
+    final_eval_episodes: int = 100  # greedy episodes at the end, on seeds that were not used to choose the best network
 
     def __post_init__(self):
         check_args(self)
         require(self, "batch_size", self.batch_size <= self.buffer_size, "give at most --buffer-size")
         require(self, "learning_starts", self.learning_starts < self.total_timesteps, "give less than the total")
         require(self, "learning_starts", self.learning_starts >= self.num_envs, "give at least --num-envs")
+        require(
+            self, "target_frequency", self.target_frequency >= self.train_frequency, "give --train-frequency or more"
+        )
 
 
 # === Environment ======================================================================================================
@@ -145,10 +146,10 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         raise ValueError(f"its observations are {env.observation_space}, and this script reads vectors (a 1-D Box)")
     if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.start != 0:
-        raise ValueError(f"its actions are {env.action_space}, and Q-learning takes a maximum over Discrete(n) actions")
+        raise ValueError(f"its actions are {env.action_space}, and this script needs Discrete(n), numbered from 0")
     if evaluation and env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
-    # Copy: an environment may return the same array at every step, and a VecEnv resets it before handing it over.
+    # Copy: some environments return one array, overwritten at every step, and a VecEnv resets them before it returns.
     env = gym.wrappers.TransformObservation(env, np.array, None)
     env = gym.wrappers.RecordEpisodeStatistics(env)
     if video_dir is not None:
@@ -159,15 +160,15 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
 def make_worker_env(args: Args, render_mode: str | None = None):
     """make_env for a worker process of SubprocVecEnv."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: the main one decides what it means
-    torch.set_num_threads(1)  # n workers with a thread per core each would fight for the cores
+    torch.set_num_threads(1)  # an environment that uses torch would start a thread per core in each of n workers
     return make_env(args, render_mode=render_mode)
 
 
 def make_envs(args: Args):
     """Return num_envs environments behind SB3's VecEnv: obs (num_envs, *obs_shape), rewards and dones (num_envs,).
 
-    A VecEnv resets an environment inside the step that ends its episode. It then returns the first observation of the
-    next episode, and the one that ended the last is in infos[i]["terminal_observation"].
+    A VecEnv resets an environment inside the step that ends its episode, and returns the first observation of the next
+    one. The last observation of the ended episode is in infos[i]["terminal_observation"].
     """
     render_modes = ["human" if args.render and i == 0 else None for i in range(args.num_envs)]
     if args.vec_env == "dummy":
@@ -256,13 +257,17 @@ class ReplayMemory:
 
 
 def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, gamma: float, loss: str):
-    """Return the TD loss of Mnih et al. (2015), equation 2, and Q(s, a) of the actions taken, (B,).
+    """Return the TD loss of Mnih et al. (2015), and Q(s, a) of the actions taken, (B,).
 
     y = r + gamma * max_a' Q_target(s', a')    where the episode went on, or only ran out of time (truncated)
     y = r                                      where it ended for good (terminated): no reward can follow
-    L = mean over the batch of (y - Q(s, a))^2
+    L = mean of (y - Q(s, a))^2, or of Huber's loss: half that square up to an error of 1, linear beyond
 
-    q_values: Q(s, .) of the online network, (B, A). next_q_values: Q_target(s', .) without gradient, (B, A).
+    That the maximum is taken, whichever action came next, makes old and random transitions as good to learn from as new
+    ones (off-policy); that it is a maximum over noisy estimates makes it too large on average.
+
+    q_values: Q(s, .) of the online network, (B, A). next_q_values: Q_target(s', .), (B, A), without gradient: only
+    Q(s, a) is to move.
     """
     q_taken = q_values.gather(1, batch.actions.unsqueeze(1)).squeeze(1)  # (B, A) -> (B,)
     next_q_max = next_q_values.max(dim=1).values  # (B, A) -> (B,)
@@ -304,15 +309,16 @@ def train(args: Args) -> dict:
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=args.optimizer_eps, fused=True)  # one kernel
     memory = ReplayMemory(args.buffer_size, envs.observation_space.shape[0])
     epsilon_schedule = linear_schedule if args.epsilon_schedule == "linear" else exponential_schedule
-    global_step = gradient_steps = target_syncs = evaluations = 0
+    global_step = gradient_steps = target_syncs = 0
 
     with Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, memory=memory) as run:
+        run.say(f"replay memory of {memory.nbytes / 1e6:,.1f} MB")
         if args.resume:
-            global_step, gradient_steps, target_syncs, evaluations = run.restore()
-        envs.seed(train_seed + global_step)  # environment i gets train_seed + global_step + i
+            global_step, gradient_steps, target_syncs = run.restore()
+        envs.seed(train_seed + global_step)  # environment i gets this + i; a resumed run begins other episodes
         obs = envs.reset()
 
-        while global_step < args.total_timesteps:
+        while global_step < args.total_timesteps and not run.reached(args.target_return):
             # Act: at random with probability epsilon, else greedily. Each environment draws for itself.
             epsilon = epsilon_schedule(args.epsilon_start, args.epsilon_end, args.exploration_steps, global_step)
             with torch.no_grad():
@@ -326,11 +332,10 @@ def train(args: Args) -> dict:
             global_step += args.num_envs
 
             # Learn: one gradient step per train_frequency transitions, however many environments there are.
+            optimizer.param_groups[0]["lr"] = linear_schedule(
+                args.learning_rate, args.learning_rate_end, args.total_timesteps, global_step
+            )
             while gradient_steps < (global_step - args.learning_starts) // args.train_frequency:
-                learning_rate = linear_schedule(
-                    args.learning_rate, args.learning_rate_end, args.learning_rate_steps, global_step
-                )
-                optimizer.param_groups[0]["lr"] = learning_rate
                 batch = memory.sample(args.batch_size, device)
                 with torch.no_grad():
                     next_q_values = target_network(batch.next_obs)
@@ -342,45 +347,33 @@ def train(args: Args) -> dict:
                 optimizer.step()
                 gradient_steps += 1
 
-                # Sync the target network, on the transitions' clock: this gradient step stands for train_frequency.
+                # Sync the target every target_frequency transitions; a gradient step stands for train_frequency.
                 if target_syncs < gradient_steps * args.train_frequency // args.target_frequency:
                     update_target(target_parameters, parameters, args.tau)
                     target_syncs += 1
 
-                if gradient_steps % 250 == 0:
-                    run.write(
-                        global_step,
-                        {
-                            "train/loss": loss.item(),
-                            "train/q_taken": q_taken.mean().item(),
-                            "train/learning_rate": learning_rate,
-                            "train/epsilon": epsilon,
-                        },
-                    )
+                if gradient_steps % 500 == 0:
+                    metrics = {"loss": loss.item(), "q_taken": q_taken.mean().item(), "epsilon": epsilon}
+                    run.write(global_step, {f"train/{name}": value for name, value in metrics.items()})
 
-            # Receive.
+            # Receive and store. Where an episode ended, next_obs is already the first observation of the next one: the
+            # memory gets the true last one, in a copy, because the next actions are for next_obs. Only termination
+            # masks the bootstrap.
             next_obs, rewards, dones, infos = envs.step_wait()
-
-            # Store. Where an episode ended, next_obs is the first observation of the next one: put the true last one in
-            # its place, in a copy, because the next action is for next_obs. Only termination masks the bootstrap.
-            true_next_obs, terminated = next_obs.copy(), dones.copy()
+            truncated = np.array([info["TimeLimit.truncated"] for info in infos])
+            last_obs = next_obs.copy()
             for i in np.flatnonzero(dones):
-                true_next_obs[i] = infos[i]["terminal_observation"]
-                terminated[i] = not infos[i]["TimeLimit.truncated"]
-                run.write_episode(global_step, infos[i]["episode"])
-            memory.add(obs, actions, rewards, true_next_obs, terminated)
+                last_obs[i] = infos[i]["terminal_observation"]
+            memory.add(obs, actions, rewards, last_obs, dones & ~truncated)
             obs = next_obs
+            for info in infos:
+                if "episode" in info:
+                    run.write_episode(global_step, info["episode"])
 
-            # Evaluate, keep the best network, save.
-            if evaluations < global_step // args.eval_every:
-                evaluations += 1
+            # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
+            if global_step // args.eval_every > (global_step - args.num_envs) // args.eval_every:
                 run.evaluate(global_step, eval_seed)
-            run.tick(
-                global_step=global_step,
-                gradient_steps=gradient_steps,
-                target_syncs=target_syncs,
-                evaluations=evaluations,
-            )
+            run.tick(global_step=global_step, gradient_steps=gradient_steps, target_syncs=target_syncs)
 
         return run.finish(final_seed)
 
@@ -392,8 +385,8 @@ def train(args: Args) -> dict:
 def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env_options) -> np.ndarray:
     """Play num_episodes greedily, one per environment, side by side; return their returns, (num_episodes,).
 
-    One episode each: had a few environments played on until enough episodes were over, the short ones, which are over
-    first, would count too often. Environment i gets seed + i; env_options (render_mode, video_dir) go to the first.
+    One episode each: the first N episodes to end would be the short ones. Environment i gets seed + i; env_options
+    (render_mode, video_dir) go to the first.
     """
     device = next(network.parameters()).device
     envs = [make_env(args, evaluation=True, **(env_options if i == 0 else {})) for i in range(num_episodes)]
@@ -417,12 +410,12 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 
 SCRIPT = Path(__file__).stem
-MAY_BE_ZERO = {"seed", "learning_starts", "epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "tau"}
+MAY_BE_ZERO = {"seed", "epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "tau"}
 MAY_BE_ZERO |= {"learning_rate_end", "max_grad_norm", "max_grad_value"}
 AT_MOST_ONE = {"epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "tau"}
-RESUME_MAY_CHANGE = {"total_timesteps", "device", "render", "video", "track", "track_project", "checkpoint_every"}
-RESUME_MAY_CHANGE |= {"eval_episodes", "final_eval_episodes"}
-PLAY_MAY_CHANGE = {"env_id", "seed", "device", "render", "video", "time_limit", "final_eval_episodes"}
+RESUME_MAY_CHANGE = {"total_timesteps", "target_return", "device", "render", "video", "track", "track_project"}
+RESUME_MAY_CHANGE |= {"checkpoint_every", "eval_episodes", "final_eval_episodes"}
+PLAY_MAY_CHANGE = {"env_id", "seed", "device", "render", "video", "time_limit", "final_eval_episodes", "eval_epsilon"}
 
 
 def require(args, name: str, condition: bool, remedy: str):
@@ -434,11 +427,12 @@ def require(args, name: str, condition: bool, remedy: str):
 def check_args(args):
     """Refuse what cannot work before anything is created."""
     for name, value in asdict(args).items():
-        if type(value) in (int, float) and name != "time_limit":
+        if type(value) in (int, float) and name not in ("time_limit", "target_return"):
             require(args, name, math.isfinite(value), "give a finite number")
             require(args, name, value > 0 or (value == 0 and name in MAY_BE_ZERO), "give a larger number")
             require(args, name, value <= 1 or name not in AT_MOST_ONE, "give a number from 0 to 1")
     require(args, "time_limit", args.time_limit in (None, -1) or args.time_limit > 0, "give a number of steps, or -1")
+    require(args, "play", not (args.play and args.resume), "give either --play or --resume")
     require(args, "run_dir", not (args.run_dir and Path(args.run_dir).exists()), "exists already; give another")
     if args.track != "none":
         require(args, "track", importlib.util.find_spec(args.track) is not None, f"first: pip install {args.track}")
@@ -487,7 +481,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 class Run:
-    """A run's directory, console, checkpoints and signals; a context manager that closes whatever it opened.
+    """A run's directory, console, checkpoints and signals; a context manager that closes them, and envs, at the end.
 
     network is what acts; state is what else a checkpoint needs: objects with state_dict and load_state_dict.
     """
@@ -534,21 +528,25 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if kind is not None and issubclass(kind, Exception) and self.counts["global_step"] > 0:
-            self.save()
-        if kind is None or not hasattr(self.envs, "processes"):
-            self.envs.close()
-        else:  # close() would wait for an answer from workers that may be gone
-            for process in self.envs.processes:
-                process.terminate()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.bar.close()
-        self.tensorboard.close()
-        self.csv_file.close()
+        try:
+            if kind is not None and issubclass(kind, Exception) and self.counts["global_step"] > 0:
+                self.save()  # in the middle of an iteration: resuming may repeat a few gradient steps
+        finally:
+            if kind is None or not hasattr(self.envs, "processes"):
+                self.envs.close()
+            else:  # close() would wait for an answer from workers that may be gone
+                for process in self.envs.processes:
+                    process.terminate()
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            self.bar.close()
+            self.tensorboard.close()
+            self.csv_file.close()
         if kind is not None and (self.dir / "last.pt").exists():
             print(f"stopped; to go on: python {SCRIPT}.py --resume {self.dir}", file=sys.stderr)
         if kind in (EOFError, BrokenPipeError, ConnectionResetError):
+            if self.signal:  # it went to the workers as well, and they were faster
+                raise SystemExit(128 + self.signal)
             print(f"{SCRIPT}: a worker process of the environments died; its own error stands above", file=sys.stderr)
             raise SystemExit(1)
 
@@ -556,6 +554,7 @@ class Run:
         """Remember Ctrl-C or kill until the next tick, where a checkpoint is consistent; obey a second one at once."""
         self.signal = number
         signal.signal(number, self.handlers[number])
+        self.say("stopping after this step; once more stops at once")
 
     def say(self, line: str):
         tqdm.write(line)  # above the progress bar, where there is one
@@ -574,7 +573,7 @@ class Run:
             self.csv_file.write(f"{global_step},{name},{value}\n")
 
     def write_episode(self, global_step: int, episode: dict):
-        """Report a training episode, as RecordEpisodeStatistics describes it."""
+        """Report a training episode: its return "r" and its length "l"."""
         last_returns = self.record["last_returns"] = [*self.record["last_returns"][-99:], float(episode["r"])]
         self.write(global_step, {"train/episode_return": last_returns[-1], "train/episode_length": int(episode["l"])})
         self.write(global_step, {"train/return_mean_100": float(np.mean(last_returns))})
@@ -617,38 +616,43 @@ class Run:
     def save(self):
         """Write last.pt: all that --resume needs."""
         before = time.perf_counter()
+        self.csv_file.flush()
+        self.tensorboard.flush()
         if all(torch.isfinite(p).all() for p in self.network.parameters()):  # else keep the last good one
             record = {**self.record, "seconds": self.seconds(), "wall_seconds": self.wall_seconds()}
             contents = {"script": SCRIPT, "args": asdict(self.args), "counts": self.counts, "record": record}
             contents |= {name: value.state_dict() for name, value in self.state.items()}
             save_atomically({**contents, "torch_rng": torch.get_rng_state()}, self.dir / "last.pt")
-        self.csv_file.flush()
-        self.tensorboard.flush()
         self.paused += time.perf_counter() - before
 
     def restore(self):
         """Load last.pt into the network and the state; return the counts in the order in which tick received them."""
         for name, value in self.state.items():
-            value.load_state_dict(self.checkpoint[name])
+            value.load_state_dict(self.checkpoint.pop(name))
         torch.set_rng_state(self.checkpoint["torch_rng"])
         self.counts, self.record = self.checkpoint["counts"], self.checkpoint["record"]
+        if (self.dir / "best.pt").exists():  # it may be of after the checkpoint
+            self.record["best"] = max(self.record["best"], load_checkpoint(self.dir / "best.pt")["return_mean"])
+        self.checkpoint = None
         return self.counts.values()
 
     def wall_seconds(self) -> float:
         return self.record["wall_seconds"] + time.perf_counter() - self.started
 
     def finish(self, seed: int) -> dict:
-        """Save; evaluate the final network and the best one on seeds that neither was chosen by; write result.json."""
+        """Save; evaluate the final and the best network on seeds not used so far; write result.json."""
         seconds, args = self.seconds(), self.args
         self.save()
         for number, handler in self.handlers.items():  # all is saved: Ctrl-C and kill may act at once
             signal.signal(number, handler)
+        if self.signal:
+            raise SystemExit(128 + self.signal)
         returns = evaluate(args, self.network, args.final_eval_episodes, seed)
         best = copy.deepcopy(self.network)
         if (self.dir / "best.pt").exists():
             best.load_state_dict(load_checkpoint(self.dir / "best.pt")["network"])
         best_returns = evaluate(args, best, args.final_eval_episodes, seed)
-        threshold = gym.spec(args.env_id.rpartition(":")[2]).reward_threshold  # [2]: without the module
+        threshold = make_env(args).unwrapped.spec.reward_threshold
         solved = [e for e in self.record["evaluations"] if threshold is not None and e[1] >= threshold]
         result = {
             **self.counts,
@@ -725,7 +729,7 @@ def main(network_class):
             play(args, network_class)
         else:
             train(args)
-    except KeyboardInterrupt:  # before the first step, or after the last
+    except KeyboardInterrupt:  # outside the training loop, or the second one
         raise SystemExit(128 + signal.SIGINT) from None
 
 

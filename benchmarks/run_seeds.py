@@ -1,0 +1,103 @@
+"""Run a script over seeds, and keep what each run reached.
+
+    python benchmarks/run_seeds.py dqn_cartpole.py --seeds 1 2 3 4 5 6 7 8 9 10
+    python benchmarks/run_seeds.py dqn_cartpole.py --seeds 1 2 3 --name no_floor --flags "--optimizer-eps 1e-8"
+
+Writes benchmarks/results/NAME/: summary.csv, a row per seed; seed_N.csv, the evaluations and losses of that run as
+step,metric,value; command.json, the command, the versions and the machine. A seed that has its row is not run again.
+Times are worth something only with --jobs 1 and nothing else on the machine.
+"""
+
+import csv
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ("eval/return_mean", "eval/return_min", "train/return_mean_100", "train/loss", "train/q_taken")
+FROM_RESULT = (
+    *("final_return_mean", "final_return_min", "final_return_std", "best_return_mean", "solved_step", "solved_seconds"),
+    *("seconds", "wall_seconds", "steps_per_second", "global_step", "gradient_steps"),
+)
+
+
+@dataclass
+class Args:
+    script: tyro.conf.Positional[str]  # file name of the script
+    seeds: list[int] = field(default_factory=lambda: list(range(1, 11)))  # one run each
+    flags: str = ""  # further flags of the script
+    name: str = ""  # directory under benchmarks/results (default: the script's name)
+    jobs: int = 1  # runs at a time
+
+
+def worst_late(curve: list) -> float:
+    """The lowest mean return of the evaluations in the last fifth of training; curve: [[step, mean return], ...]."""
+    return min(mean for step, mean in curve if step > 0.8 * curve[-1][0])
+
+
+def run(args: Args, seed: int, out: Path) -> dict:
+    """Train one seed in a directory of its own; return its row of summary.csv."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder, "run")
+        command = [sys.executable, str(ROOT / args.script), "--seed", str(seed), "--run-dir", str(run_dir)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"} if args.jobs > 1 else None
+        subprocess.run([*command, *shlex.split(args.flags)], check=True, stdout=subprocess.DEVNULL, env=environment)
+        result = json.loads((run_dir / "result.json").read_text())
+        rows = [line.split(",") for line in (run_dir / "progress.csv").read_text().splitlines()]
+    # Training metrics come often: keep about 200 of each.
+    stride = max(1, sum(row[1] == "train/loss" for row in rows) // 200)
+    with open(out / f"seed_{seed}.csv", "w") as file:
+        file.write("step,metric,value\n")
+        seen = dict.fromkeys(KEPT, 0)
+        for step, metric, value in rows[1:]:
+            if metric in KEPT:
+                if metric.startswith("eval") or seen[metric] % stride == 0:
+                    file.write(f"{step},{metric},{value}\n")
+                seen[metric] += 1
+    row = {"seed": seed, **{name: result[name] for name in FROM_RESULT}}
+    return {**row, "worst_late_evaluation": worst_late(result["evaluation_curve"])}
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__)
+    out = ROOT / "benchmarks" / "results" / (args.name or Path(args.script).stem)
+    out.mkdir(parents=True, exist_ok=True)
+    summary = out / "summary.csv"
+    done = [int(line.split(",")[0]) for line in summary.read_text().splitlines()[1:]] if summary.exists() else []
+    (out / "command.json").write_text(
+        json.dumps(
+            {
+                "command": f"python {args.script} --seed N {args.flags}".strip(),
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "gymnasium", "stable-baselines3", "numpy")},
+                "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+                "jobs": args.jobs,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for row in pool.map(lambda seed: run(args, seed, out), [seed for seed in args.seeds if seed not in done]):
+            new = not summary.exists()
+            with open(summary, "a", newline="") as file:
+                writer = csv.DictWriter(file, row)
+                if new:
+                    writer.writeheader()
+                writer.writerow(row)
+            print(f"seed {row['seed']}: final {row['final_return_mean']:.1f}, worst of the last fifth "
+                  f"{row['worst_late_evaluation']:.1f}, {row['seconds']:.1f} s", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
