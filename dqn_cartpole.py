@@ -23,7 +23,7 @@ the episode ended. Mnih et al., "Human-level control through deep reinforcement 
 
     python dqn_cartpole.py
     python dqn_cartpole.py --seed 2 --video                      # and a film of the best network
-    python dqn_cartpole.py --env-id Acrobot-v1 --gamma 0.99      # another environment
+    python dqn_cartpole.py --env-id Acrobot-v1                   # another environment
     python dqn_cartpole.py --resume runs/NAME --total-timesteps 160000
     python dqn_cartpole.py --play runs/NAME/best.pt --render
 
@@ -101,7 +101,7 @@ class Args:
     train_frequency: int = 5  # transitions per gradient step
     target_frequency: int = 5  # transitions per update of the target network
     tau: float = 0.02  # how far that update moves the target network to the online one; 1 makes it a copy
-    gamma: float = 0.995  # discount per step
+    gamma: float = 0.99  # discount per step
     buffer_size: int = 100_000  # transitions in the replay memory
     batch_size: int = 128  # transitions per gradient step
     hidden_size: int = 64  # units in each of the two hidden layers

@@ -1,7 +1,8 @@
 """Run a script over seeds, and keep what each run reached.
 
     python benchmarks/run_seeds.py dqn_cartpole.py --seeds 1 2 3 4 5 6 7 8 9 10
-    python benchmarks/run_seeds.py dqn_cartpole.py --seeds 1 2 3 --name no_floor --flags "--optimizer-eps 1e-8"
+    python benchmarks/run_seeds.py dqn_cartpole.py --seeds 1 2 3 --name eps_1e-8 --flags="--optimizer-eps 1e-8"
+    python benchmarks/run_seeds.py dqn_atari.py --name breakout --collect runs/NAME
 
 Writes benchmarks/results/NAME/: summary.csv, a row per seed; seed_N.csv, the evaluations and losses of that run as
 step,metric,value; command.json, the command, the versions and the machine. A seed that has its row is not run again.
@@ -38,6 +39,7 @@ class Args:
     flags: str = ""  # further flags of the script
     name: str = ""  # directory under benchmarks/results (default: the script's name)
     jobs: int = 1  # runs at a time
+    collect: str = ""  # directory of a finished run: keep what it reached, run nothing
 
 
 def worst_late(curve: list) -> float:
@@ -45,23 +47,28 @@ def worst_late(curve: list) -> float:
     return min(mean for step, mean in curve if step > 0.8 * curve[-1][0])
 
 
-def run(args: Args, seed: int, out: Path) -> dict:
-    """Train one seed in a directory of its own; return its row of summary.csv."""
+def train(args: Args, seed: int, out: Path) -> dict:
+    """Train one seed in a directory of its own and collect it."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder, "run")
         command = [sys.executable, str(ROOT / args.script), "--seed", str(seed), "--run-dir", str(run_dir)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"} if args.jobs > 1 else None
         subprocess.run([*command, *shlex.split(args.flags)], check=True, stdout=subprocess.DEVNULL, env=environment)
-        result = json.loads((run_dir / "result.json").read_text())
-        rows = [line.split(",") for line in (run_dir / "progress.csv").read_text().splitlines()]
-    # Training metrics come often: keep about 200 of each.
-    stride = max(1, sum(row[1] == "train/loss" for row in rows) // 200)
+        return collect(run_dir, out)
+
+
+def collect(run_dir: Path, out: Path) -> dict:
+    """Write the curves of a finished run to seed_N.csv; return its row of summary.csv."""
+    result = json.loads((run_dir / "result.json").read_text())
+    seed = json.loads((run_dir / "args.json").read_text())["seed"]
+    rows = [line.split(",") for line in (run_dir / "progress.csv").read_text().splitlines()]
+    stride = max(1, sum(row[1] == "train/return_mean_100" for row in rows) // 200)  # about 200 points of each metric
     with open(out / f"seed_{seed}.csv", "w") as file:
         file.write("step,metric,value\n")
         seen = dict.fromkeys(KEPT, 0)
         for step, metric, value in rows[1:]:
             if metric in KEPT:
-                if metric.startswith("eval") or seen[metric] % stride == 0:
+                if metric != "train/return_mean_100" or seen[metric] % stride == 0:
                     file.write(f"{step},{metric},{value}\n")
                 seen[metric] += 1
     row = {"seed": seed, **{name: result[name] for name in FROM_RESULT}}
@@ -88,7 +95,11 @@ def main():
         + "\n"
     )
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(lambda seed: run(args, seed, out), [seed for seed in args.seeds if seed not in done]):
+        if args.collect:
+            rows = [collect(Path(args.collect), out)]
+        else:
+            rows = pool.map(lambda seed: train(args, seed, out), [seed for seed in args.seeds if seed not in done])
+        for row in rows:
             new = not summary.exists()
             with open(summary, "a", newline="") as file:
                 writer = csv.DictWriter(file, row)
