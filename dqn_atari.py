@@ -16,7 +16,7 @@
 #     "tyro==1.0.16",
 # ]
 # ///
-"""DQN on Atari: deep Q-learning from pixels.
+r"""DQN on Atari: deep Q-learning from pixels.
 
 The algorithm of dqn_cartpole.py, which is the script to read first, with what pixels ask for: a preprocessing that
 makes 84x84 grey frames of a game, four of them stacked into an observation, a convolutional network, and a replay
@@ -28,19 +28,29 @@ Mnih et al., "Human-level control through deep reinforcement learning", Nature 5
     python dqn_atari.py --resume runs/NAME
     python dqn_atari.py --play runs/NAME/best.pt --render
 
-An hour on a laptop (two cores, no GPU):
+Forty minutes on two CPU cores:
 
-HOURCMD
+    python dqn_atari.py --env-id BreakoutNoFrameskip-v4 --total-timesteps 1000000 --train-frequency 6 \
+        --target-frequency 2000 --learning-starts 20000 --buffer-size 400000 --exploration-steps 250000 \
+        --learning-rate 2e-4 --precision bfloat16
 
-TODO RESULT
+Measured with it, one run, seed 1: the mean score of the last 100 training games passes 69.9 (where the example of
+Stable-Baselines3's documentation ends, after 3.9 million transitions) at 742,000 transitions and 29 minutes, peaks at
+88.4 and is 74.8 at the end, 40 minutes. The final network scores 55.9 over 30 games at epsilon 0.01, the best one
+85.7: with this learning rate the curve is not yet stable. The default run of 10 million transitions was not measured.
+
+Is my run healthy?       at 10 %    at 50 %    at 100 % of those 1,000,000 transitions
+    training return      2.7        54         75         (a random player: about 1.3)
+    loss                 0.003      0.02       0.03       (rising, with spikes, as the Q-values grow)
+    mean Q(s, a)         0.5        3.3        6.3
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. A gradient step comes every 4 transitions, a copy to the target network every 1,000 transitions, which are
 250 gradient steps; the Nature paper's 10,000 are gradient steps. An episode's length is in frames.
 
-A memory of a million transitions needs 7 GB, each game's process about 250 MB. Evaluations run in the main process
-while the others idle. A resumed run refills its memory before it learns on, unless --checkpoint-memory wrote it:
-expect a dip.
+A memory of a million transitions needs 7 GB, each game's process 15 MB of its own. Evaluations run in the main
+process while the others idle. A resumed run refills its memory before it learns on, unless --checkpoint-memory wrote
+it: expect a dip.
 
 Differences from the paper: Adam 1e-4 instead of RMSProp, more frequent target copies, 10 million transitions instead
 of 50, epsilon down to 0.01 instead of 0.1 (and 0.01 in evaluations, not 0.05), learning from 80,000 transitions on
@@ -302,8 +312,8 @@ def make_envs(args: Args):
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args, render_mode=mode) for mode in render_modes])
     if "forkserver" in multiprocessing.get_all_start_methods():
-        # Every worker imports this script again. A fork server that has imported the heavy libraries once gives each
-        # worker a copy-on-write share of them: about a second and 200 MB less per worker.
+        # Every worker imports this script again. From a fork server that has imported the heavy libraries once it gets
+        # them as shared pages: 15 MB of its own instead of 160, and no second of imports.
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
     return SubprocVecEnv([partial(make_worker_env, args, render_mode=mode) for mode in render_modes])
 

@@ -29,11 +29,24 @@ the episode ended. Mnih et al., "Human-level control through deep reinforcement 
 
 Watch it with `tensorboard --logdir runs`.
 
-RESULT
+Measured with the defaults, seeds 1 to 10: the final network's greedy return over 100 episodes is 500.0 on ten of ten,
+no evaluation in the last fifth is under 475 on nine of ten, and training takes 8 to 10 s on one core, evaluations not
+counted. Seeds 11 to 20: 500.0 on eight, 497 and 463 on the others.
 
-HEALTH
+Is my run healthy?       at 10 %    at 50 %    at 100 %     (median of ten seeds; lowest and highest)
+    greedy return        238        177        500          (140 to 434; 112 to 349; 500 to 500)
+    training return      47         125        349          (20 % of the actions are random: judge by the greedy one)
+    loss                 0.9        2.0        3.6          (it grows with the Q-values)
+    mean Q(s, a)         28         81         113          (the true limit is 1 / (1 - gamma) = 100)
 
-STABLE
+What keeps this one stable. Returns usually reach 500 and then collapse again. Part of it is Adam: it divides the
+gradient of each weight by its own root mean square. Two of five weights here belong to units that hardly ever fire;
+theirs is under 1e-4 and mostly under 1e-6 (measured at the end of seed 4), and dividing by it makes full steps of
+gradients that are next to nothing. optimizer_eps, added to the divisor, takes those weights out. With torch's 1e-8
+and all else equal, four of the seeds 1 to 20 end under 475 (the lowest at 138) and seven fall under it in the last
+fifth; with 1e-4, one (at 463) and three (the lowest at 442). Exploration stays at 20 %, so that the memory goes on
+seeing how the pole falls, and the learning rate falls to 0. And a time limit is not a fall: without the bootstrap
+there, surviving would look as bad as falling.
 
 Differences from the paper: a vector instead of pixels, so a small MLP; Adam instead of RMSProp, with a learning rate
 that falls to 0; a target network that follows slowly (--tau 0.02) instead of by copies; many environments side by
@@ -174,8 +187,8 @@ def make_envs(args: Args):
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args, render_mode=mode) for mode in render_modes])
     if "forkserver" in multiprocessing.get_all_start_methods():
-        # Every worker imports this script again. A fork server that has imported the heavy libraries once gives each
-        # worker a copy-on-write share of them: about a second and 200 MB less per worker.
+        # Every worker imports this script again. From a fork server that has imported the heavy libraries once it gets
+        # them as shared pages: 15 MB of its own instead of 160, and no second of imports.
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
     return SubprocVecEnv([partial(make_worker_env, args, render_mode=mode) for mode in render_modes])
 
