@@ -70,6 +70,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import time
@@ -153,6 +154,7 @@ class Args:
     def __post_init__(self):
         check_args(self)
         require(self, "batch_size", self.batch_size <= self.buffer_size, "give at most --buffer-size")
+        require(self, "num_envs", self.num_envs <= self.buffer_size, "give at most --buffer-size")
         require(self, "learning_starts", self.learning_starts < self.total_timesteps, "give less than the total")
         require(self, "learning_starts", self.learning_starts >= self.num_envs, "give at least --num-envs")
         require(
@@ -642,9 +644,8 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 
 SCRIPT = Path(__file__).stem
-MAY_BE_ZERO = {"seed", "epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "tau"}
-MAY_BE_ZERO |= {"learning_rate_end", "max_grad_norm", "max_grad_value"}
-AT_MOST_ONE = {"epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "tau"}
+AT_MOST_ONE = {"epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "gae_lambda", "tau"}
+MAY_BE_ZERO = AT_MOST_ONE | {"seed", "learning_rate_end", "max_grad_norm", "max_grad_value", "entropy_coef"}
 RESUME_MAY_CHANGE = {"total_timesteps", "target_return", "device", "render", "video", "track", "track_project"}
 RESUME_MAY_CHANGE |= {"checkpoint_every", "eval_episodes", "final_eval_episodes"}
 PLAY_MAY_CHANGE = {"env_id", "seed", "device", "render", "video", "time_limit", "final_eval_episodes", "eval_epsilon"}
@@ -663,6 +664,7 @@ def check_args(args):
             require(args, name, math.isfinite(value), "give a finite number")
             require(args, name, value > 0 or (value == 0 and name in MAY_BE_ZERO), "give a larger number")
             require(args, name, value <= 1 or name not in AT_MOST_ONE, "give a number from 0 to 1")
+    require(args, "seed", args.seed < 2**63, "give a smaller number")
     require(args, "time_limit", args.time_limit in (None, -1) or args.time_limit > 0, "give a number of steps, or -1")
     require(args, "play", not (args.play and args.resume), "give either --play or --resume")
     require(args, "run_dir", not (args.run_dir and Path(args.run_dir).exists()), "exists already; give another")
@@ -726,6 +728,10 @@ class Run:
         self.record = {"seconds": 0.0, "wall_seconds": 0.0, "best": -math.inf, "evaluations": [], "last_returns": []}
         self.started, self.paused, self.signal, self.latest = time.perf_counter(), 0.0, None, {}
         self.checkpoint = load_checkpoint(self.dir / "last.pt") if args.resume else None
+        if self.checkpoint and "counts" not in self.checkpoint:
+            refuse(f"{self.dir / 'last.pt'} holds a network only and cannot be resumed")
+        if self.checkpoint and args.total_timesteps < self.checkpoint["counts"]["global_step"]:
+            refuse(f"--total-timesteps {args.total_timesteps} is less than the run has behind it")
 
     def __enter__(self):
         args, step = self.args, self.checkpoint["counts"]["global_step"] if self.checkpoint else 0
@@ -774,9 +780,10 @@ class Run:
             self.bar.close()
             self.tensorboard.close()
             self.csv_file.close()
-        if kind is not None and (self.dir / "last.pt").exists():
-            print(f"stopped; to go on: python {SCRIPT}.py --resume {self.dir}", file=sys.stderr)
-        if kind in (EOFError, BrokenPipeError, ConnectionResetError):
+        if kind is not None and self.counts["global_step"] > 0 and (self.dir / "last.pt").exists():
+            command = shlex.join(["python", sys.argv[0], "--resume", str(self.dir)])
+            print(f"stopped; to go on: {command}", file=sys.stderr)
+        if kind in (EOFError, BrokenPipeError, ConnectionResetError) and hasattr(self.envs, "processes"):
             if self.signal:  # it went to the workers as well, and they were faster
                 raise SystemExit(128 + self.signal)
             print(f"{SCRIPT}: a worker process of the environments died; its own error stands above", file=sys.stderr)
@@ -859,8 +866,11 @@ class Run:
 
     def restore(self):
         """Load last.pt into the network and the state; return the counts in the order in which tick received them."""
-        for name, value in self.state.items():
-            value.load_state_dict(self.checkpoint.pop(name))
+        try:
+            for name, value in self.state.items():
+                value.load_state_dict(self.checkpoint.pop(name))
+        except (KeyError, RuntimeError, ValueError) as error:
+            refuse(f"{self.dir / 'last.pt'} is not of this run: {str(error).splitlines()[0]}")
         torch.set_rng_state(self.checkpoint["torch_rng"])
         self.counts, self.record = self.checkpoint["counts"], self.checkpoint["record"]
         if (self.dir / "best.pt").exists():  # it may be of after the checkpoint

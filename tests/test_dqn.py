@@ -705,7 +705,7 @@ def test_a_run_stopped_by_ctrl_c_resumes_where_it_stopped(vec_env, cli, tmp_path
     options |= {"epsilon_start": 1.0, "epsilon_end": 0.0, "exploration_steps": 50_000, "epsilon_schedule": "linear"}
     status, err = press_ctrl_c(run_dir, options)
     assert status == 130
-    assert f"python dqn_cartpole.py --resume {run_dir}" in err and "Traceback" not in err
+    assert f"dqn_cartpole.py --resume {run_dir}" in err and "Traceback" not in err
 
     stopped = checkpoint_of(run_dir)["counts"]["global_step"]
     assert 1_500 <= stopped < 50_000
@@ -837,3 +837,22 @@ def test_a_film_shows_the_best_network(tmp_path):
         first, last = clip.get_frame(0), clip.get_frame(clip.duration - 1 / clip.fps)
         assert clip.n_frames >= 5
     assert first.std() > 10 and (first != last).any()  # not blank, and something moves
+
+
+def test_a_network_alone_cannot_be_resumed(trained, cli):
+    (trained / "last.pt").write_bytes((trained / "best.pt").read_bytes())
+    status, _, err = cli("--resume", trained)
+    assert status == 2 and "cannot be resumed" in err
+
+
+def test_a_checkpoint_of_another_environment_is_refused(trained, cli, tmp_path):
+    other = tmp_path / "other"
+    dqn.train(dqn.Args(**{**SHORT, "env_id": "Acrobot-v1"}, run_dir=str(other)))
+    (trained / "last.pt").write_bytes((other / "last.pt").read_bytes())
+    status, _, err = cli("--resume", trained)
+    assert status == 2 and "is not of this run" in err
+
+
+def test_a_resumed_run_cannot_end_before_it_began(trained, cli):
+    status, _, err = cli("--resume", trained, "--total-timesteps", 300)
+    assert status == 2 and "--total-timesteps 300" in err
