@@ -275,6 +275,12 @@ class AtariGame(gym.Wrapper):
         return cv2.resize(self.grey, (84, 84), interpolation=cv2.INTER_AREA)  # a new array: the caller may keep it
 
 
+class Window(gym.Wrapper):
+    """Hides that an environment has a window: a VecEnv wants the same render_mode of all of its environments."""
+
+    render_mode = None
+
+
 def make_env(args: Args, evaluation: bool = False, render_mode: str | None = None, video_dir: Path | None = None):
     """Return one Atari game whose observation is one frame, (84, 84) uint8; raise ValueError for what is not Atari.
 
@@ -292,6 +298,8 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
     if "AtariEnv" not in str(gym.spec(env_id).entry_point):
         raise ValueError("this is no Atari game; give an id such as BreakoutNoFrameskip-v4 or ALE/Pong-v5")
     env = AtariGame(gym.make(env_id, **options), training=not evaluation)
+    if render_mode == "human":
+        env = Window(env)
     if video_dir is not None:
         env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda episode: episode == 0)
     return env

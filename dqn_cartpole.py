@@ -152,6 +152,12 @@ class Args:
 # === Environment ======================================================================================================
 
 
+class Window(gym.Wrapper):
+    """Hides that an environment has a window: a VecEnv wants the same render_mode of all of its environments."""
+
+    render_mode = None
+
+
 def make_env(args: Args, evaluation: bool = False, render_mode: str | None = None, video_dir: Path | None = None):
     """Return one environment with a vector observation and discrete actions; raise ValueError for any other.
 
@@ -167,6 +173,8 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
     # Copy: some environments return one array, overwritten at every step, and a VecEnv resets them before it returns.
     env = gym.wrappers.TransformObservation(env, np.array, None)
     env = gym.wrappers.RecordEpisodeStatistics(env)
+    if render_mode == "human":
+        env = Window(env)
     if video_dir is not None:
         env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda episode: episode == 0)
     return env

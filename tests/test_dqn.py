@@ -856,3 +856,14 @@ def test_a_checkpoint_of_another_environment_is_refused(trained, cli, tmp_path):
 def test_a_resumed_run_cannot_end_before_it_began(trained, cli):
     status, _, err = cli("--resume", trained, "--total-timesteps", 300)
     assert status == 2 and "--total-timesteps 300" in err
+
+
+@pytest.mark.parametrize("vec_env", ["dummy", "subproc"])
+def test_environment_0_shows_a_window_while_training(vec_env, tmp_path, monkeypatch):
+    args = dqn.Args(**{**SHORT, "vec_env": vec_env}, render=True, run_dir=str(tmp_path / "run"))
+    made = []
+    make_envs = dqn.make_envs
+    monkeypatch.setattr(dqn, "make_envs", lambda args: made.append(make_envs(args)) or made[0])
+    assert dqn.train(args)["global_step"] == 400
+    if vec_env == "dummy":
+        assert [env.unwrapped.render_mode for env in made[0].envs] == ["human", None]
