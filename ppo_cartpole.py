@@ -114,7 +114,7 @@ class Args:
     learning_rate: float = 1e-3  # step size of Adam at the start; it falls linearly to 0 over total_timesteps
     optimizer_eps: float = 1e-5  # added to the root mean square that Adam divides by
     anneal_clip: bool = True  # let clip_coef fall to 0 as well
-    max_grad_norm: float = 0.5  # clips the global norm of the gradient
+    max_grad_norm: float = 0.5  # clips the global norm of the gradient; 0 does not
 
     # evaluation
     eval_every: int = 5_000  # transitions between evaluations
@@ -386,7 +386,8 @@ def train(args: Args) -> dict:
                     loss = policy_loss + args.value_coef * values_loss - args.entropy_coef * entropy.mean()
                     optimizer.zero_grad()
                     loss.backward()
-                    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                    if args.max_grad_norm > 0:
+                        nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
                     gradient_steps += 1
                 if args.target_kl is not None and approx_kl > args.target_kl:

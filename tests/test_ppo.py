@@ -219,3 +219,12 @@ def test_it_learns_cartpole(tmp_path):
 def test_an_untrained_network_has_not_learned(tmp_path):
     args = replace(options(tmp_path), num_steps=9, update_epochs=1, total_timesteps=36, final_eval_episodes=20)
     assert ppo.train(args)["final_return_mean"] < 50
+
+
+def test_a_norm_of_0_does_not_clip(tmp_path):
+    def parameters(name, max_grad_norm):
+        ppo.train(options(tmp_path / name, max_grad_norm=max_grad_norm))
+        network = ppo.load_checkpoint(tmp_path / name / "run" / "last.pt")["network"]
+        return torch.cat([tensor.flatten() for tensor in network.values()])
+
+    assert torch.equal(parameters("off", 0.0), parameters("far", 1e9))
