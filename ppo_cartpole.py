@@ -141,7 +141,8 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
 
     Its info holds {"episode": {"r": return, "l": length}} at the step that ends an episode.
     """
-    env = gym.make(args.env_id, max_episode_steps=args.time_limit, render_mode=render_mode)
+    options = {"render_mode": render_mode} if render_mode else {}  # not every environment takes one
+    env = gym.make(args.env_id, max_episode_steps=args.time_limit, **options)
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         raise ValueError(f"its observations are {env.observation_space}, and this script reads vectors (a 1-D Box)")
     if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.start != 0:

@@ -82,6 +82,23 @@ class Crashing(Constant):
         return super().step(action)
 
 
+class Raising(Constant):
+    """Raises an error of its own at its 50th step, if its seed is even: one of two environments in a row."""
+
+    steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.even = seed % 2 == 0
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self.steps += 1
+        if self.even and self.steps == 50:
+            raise ZeroDivisionError("the toy broke")
+        return super().step(action)
+
+
 LENGTHS = (3, 4, 5)
 TIME_LIMIT = 4
 COUNTING = {
@@ -95,4 +112,5 @@ for name, options in COUNTING.items():
     gym.register(name, entry_point=Counting, disable_env_checker=True, **options)
 gym.register("Constant-v0", entry_point=Constant, disable_env_checker=True, max_episode_steps=5)
 gym.register("Crashing-v0", entry_point=Crashing, disable_env_checker=True, max_episode_steps=5)
+gym.register("Raising-v0", entry_point=Raising, disable_env_checker=True, max_episode_steps=5)
 gym.register("Image-v0", entry_point=Image, disable_env_checker=True, max_episode_steps=5)

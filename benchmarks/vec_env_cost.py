@@ -1,0 +1,147 @@
+"""Measure what each kind of vector environment costs: transitions per second, and when SubprocVecEnv pays.
+
+    python benchmarks/vec_env_cost.py                      # about 5 minutes; nothing else should run
+    python benchmarks/vec_env_cost.py --plot-only
+
+Random actions, no learning, with the environments that dqn_vecenv.py makes: CartPole, and an environment whose step is
+made to wait or to compute for 0.1, 1 or 10 ms. Writes benchmarks/results/vec_env_cost/: cost.csv, every measurement;
+command.json; and docs/vec_env_cost.png. Prints the README's table.
+"""
+
+import csv
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import tyro
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import slow_envs
+
+import dqn_vecenv
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "benchmarks" / "results" / "vec_env_cost"
+ENVS = {"CartPole-v1": "CartPole"}
+for milliseconds in slow_envs.MILLISECONDS:
+    for kind, verb in (("Wait", "waits"), ("Compute", "computes")):
+        ENVS[f"slow_envs:{kind}{milliseconds}ms-v0".replace(".", "_")] = f"{verb} {milliseconds} ms"
+
+
+@dataclass
+class Args:
+    num_envs: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])  # environments side by side
+    seconds: float = 1.0  # length of a measurement
+    rounds: int = 3  # measurements of each, in turn
+    plot_only: bool = False  # draw and print what was measured before
+
+
+def transitions_per_second(env_id: str, vec_env: str, num_envs: int, seconds: float) -> float:
+    """Step with random actions for this long, after a warm-up of a tenth of it."""
+    args = dqn_vecenv.Args(env_id=env_id, vec_env=vec_env, num_envs=num_envs, learning_starts=100)
+    envs = dqn_vecenv.EnvPoolVecEnv(args) if vec_env == "envpool" else dqn_vecenv.make_envs(args)
+    actions = np.random.default_rng(0).integers(0, 2, (1_000, num_envs))
+    envs.seed(0)
+    envs.reset()
+    steps, started, ends = 0, None, time.perf_counter() + seconds / 10
+    while True:
+        envs.step_async(actions[steps % 1_000])
+        envs.step_wait()
+        steps += 1
+        if time.perf_counter() >= ends:
+            if started is not None:
+                break
+            steps, started = 0, time.perf_counter()
+            ends = started + seconds
+    rate = steps * num_envs / (time.perf_counter() - started)
+    envs.close()
+    return rate
+
+
+def measure(args: Args):
+    """Write every measurement to cost.csv."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    packages = ("gymnasium", "stable-baselines3", "numpy", *(["envpool"] if find_spec("envpool") else []))
+    command = {"command": "python benchmarks/vec_env_cost.py", **{name: version(name) for name in packages}}
+    command |= {"python": platform.python_version(), "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
+    (OUT / "command.json").write_text(json.dumps(command, indent=2) + "\n")
+    with open(OUT / "cost.csv", "w") as file:
+        file.write("round,env,vec_env,num_envs,transitions_per_second\n")
+        for number in range(args.rounds):
+            for env_id, name in ENVS.items():
+                backends = ["dummy", "subproc"]
+                if name == "CartPole" and find_spec("envpool"):
+                    backends.append("envpool")
+                for vec_env in backends:
+                    for num_envs in args.num_envs:
+                        rate = transitions_per_second(env_id, vec_env, num_envs, args.seconds)
+                        file.write(f"{number},{name},{vec_env},{num_envs},{rate:.1f}\n")
+                        print(f"{name:16s} {vec_env:8s} {num_envs:2d} environments {rate:12,.0f}/s", flush=True)
+
+
+def medians() -> dict:
+    """Return {(env, vec_env): {num_envs: median transitions per second}}."""
+    found = {}
+    with open(OUT / "cost.csv") as file:
+        for row in csv.DictReader(file):
+            rates = found.setdefault((row["env"], row["vec_env"]), {}).setdefault(int(row["num_envs"]), [])
+            rates.append(float(row["transitions_per_second"]))
+    return {key: {n: statistics.median(rates) for n, rates in each.items()} for key, each in found.items()}
+
+
+def table() -> str:
+    """Return a Markdown table: a row per environment and backend, a column per number of environments."""
+    found = medians()
+    columns = sorted({n for each in found.values() for n in each})
+    lines = ["| one step | `--vec-env` | " + " | ".join(f"{n}" for n in columns) + " |"]
+    lines.append("|---|---|" + "---:|" * len(columns))
+    for (env, vec_env), each in found.items():
+        lines.append(f"| {env} | {vec_env} | " + " | ".join(f"{each[n]:,.0f}" for n in columns) + " |")
+    return "\n".join(lines)
+
+
+def plot():
+    """Draw how many times as fast as DummyVecEnv each backend is."""
+    found = medians()
+    figure, axes = plt.subplots(figsize=(7.2, 3.8), dpi=150)
+    styles = {"waits": "-", "computes": "--", "CartPole": "-"}
+    for (env, vec_env), each in found.items():
+        if vec_env == "dummy":
+            continue
+        counts = sorted(each)
+        ratios = [each[n] / found[env, "dummy"][n] for n in counts]
+        label = f"{env}, {vec_env}" if env == "CartPole" else env
+        colour = {"CartPole": "C3" if vec_env == "subproc" else "C4"}.get(env) or {"0.1": "C0", "1": "C1", "10": "C2"}[
+            env.split()[1]
+        ]
+        axes.plot(counts, ratios, styles[env.split()[0]], marker="o", markersize=3, color=colour, label=label)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="environments", ylabel="times as fast as DummyVecEnv")
+    axes.set_xticks(counts, [str(n) for n in counts])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "vec_env_cost.png")
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    if not args.plot_only:
+        measure(args)
+    plot()
+    print(table())
