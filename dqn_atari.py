@@ -64,12 +64,16 @@ memory after a resume. Evaluation: whole games, raw score, at --eval-epsilon.
 """
 
 import argparse
+import collections
+import contextlib
 import copy
+import errno
 import importlib.util
 import json
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import sys
@@ -539,6 +543,7 @@ def train(args: Args) -> dict:
     epsilon_schedule = linear_schedule if args.epsilon_schedule == "linear" else exponential_schedule
     stacks = np.zeros((args.num_envs, 4, 84, 84), np.uint8)  # what each environment's actor sees
     global_step = gradient_steps = target_syncs = 0
+    loss = torch.zeros(())
     learning_starts = args.learning_starts
 
     state = {"target_network": target_network, "optimizer": optimizer}
@@ -547,12 +552,11 @@ def train(args: Args) -> dict:
     with Run(args, envs, q_network, **state) as run:
         run.say(f"replay memory of {memory.nbytes / 1e6:,.1f} MB")
         if args.resume:
-            global_step, gradient_steps, target_syncs = run.restore()
+            global_step, gradient_steps, target_syncs = run.restored()
             if not args.checkpoint_memory:  # the memory is empty: fill it, at the current epsilon, before learning on
                 run.say(f"no learning until {args.learning_starts:,} transitions have refilled the replay memory")
                 learning_starts = global_step + args.learning_starts - gradient_steps * args.train_frequency
-        envs.seed(train_seed + global_step)  # environment i gets this + i; a resumed run begins other episodes
-        frames = envs.reset()
+        frames = run.first_obs(train_seed + global_step)  # environment i gets this seed + i
         memory.begin(frames)
         push_frames(stacks, frames, ended=np.ones(args.num_envs, bool))
 
@@ -607,6 +611,7 @@ def train(args: Args) -> dict:
                     run.write_episode(global_step, info["episode"])
 
             # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
+            run.check(global_step, loss=loss)
             if global_step // args.eval_every > (global_step - args.num_envs) // args.eval_every:
                 run.evaluate(global_step, eval_seed)
             run.tick(global_step=global_step, gradient_steps=gradient_steps, target_syncs=target_syncs)
@@ -653,7 +658,16 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 SCRIPT = Path(__file__).stem
 AT_MOST_ONE = {"epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "gae_lambda", "tau"}
-MAY_BE_ZERO = AT_MOST_ONE | {"seed", "learning_rate_end", "max_grad_norm", "max_grad_value", "entropy_coef"}
+MAY_BE_ZERO = {
+    "seed",
+    "learning_rate_end",
+    "max_grad_norm",
+    "max_grad_value",
+    "entropy_coef",
+    "weight_decay",
+    "burn_in",
+}
+MAY_BE_ZERO |= AT_MOST_ONE - {"tau"}
 RESUME_MAY_CHANGE = {"total_timesteps", "target_return", "device", "render", "video", "track", "track_project"}
 RESUME_MAY_CHANGE |= {"checkpoint_every", "eval_episodes", "final_eval_episodes"}
 PLAY_MAY_CHANGE = {"env_id", "seed", "device", "render", "video", "time_limit", "final_eval_episodes", "eval_epsilon"}
@@ -668,8 +682,9 @@ def require(args, name: str, condition: bool, remedy: str):
 def check_args(args):
     """Refuse what cannot work before anything is created."""
     for name, value in asdict(args).items():
-        if type(value) in (int, float) and name not in ("time_limit", "target_return"):
+        if type(value) in (int, float):
             require(args, name, math.isfinite(value), "give a finite number")
+        if type(value) in (int, float) and name not in ("time_limit", "target_return"):
             require(args, name, value > 0 or (value == 0 and name in MAY_BE_ZERO), "give a larger number")
             require(args, name, value <= 1 or name not in AT_MOST_ONE, "give a number from 0 to 1")
     require(args, "seed", args.seed < 2**63, "give a smaller number")
@@ -704,11 +719,21 @@ def refuse(message: str):
 
 def save_atomically(contents: dict, path: Path):
     """Write a checkpoint so that a kill at any moment leaves the old file or the new one, never half of one."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    try:
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path.with_suffix(".tmp"), path)
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError where the disk is full
+        path.with_suffix(".tmp").unlink(missing_ok=True)
+        number = getattr(error, "errno", None) or errno.ENOSPC
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
+def is_disk_error(error) -> bool:
+    """Whether this is the error of a disk that is full, or cannot be written."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -720,6 +745,81 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as error:  # a broken file can fail in any way
         refuse(f"{path} is no checkpoint of {SCRIPT}.py: {str(error).splitlines()[0]}")
     return checkpoint
+
+
+def pack(value, inside: bool = False):
+    """Turn an attribute of an environment into what a checkpoint may hold; raise TypeError if it is more than data."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
+        return torch.from_numpy(np.array(value))
+    if type(value) in (list, tuple, dict):
+        items = value.items() if type(value) is dict else value
+        return [type(value).__name__, *(pack(item, inside=True) for item in items)]
+    if isinstance(value, np.random.Generator) and not inside:
+        return {"generator": value.bit_generator.state}
+    if isinstance(value, collections.deque) and not inside:
+        return {"deque": [pack(item, inside=True) for item in value]}
+    raise TypeError(f"{type(value)} is more than data")
+
+
+def unpack(value, current=None):
+    """Undo pack; random generators and deques are not replaced: the current one is set."""
+    if isinstance(value, torch.Tensor):
+        return value.numpy()[()]  # [()] makes a number of an array without dimensions
+    if isinstance(value, list):
+        return {"list": list, "tuple": tuple, "dict": dict}[value[0]](map(unpack, value[1:]))
+    if not isinstance(value, dict):
+        return value
+    if "generator" in value:
+        current.bit_generator.state = value["generator"]
+    else:
+        current.clear()
+        current.extend(map(unpack, value["deque"]))
+    return current
+
+
+class Resumable(gym.Wrapper):
+    """Hands out copies of the observations, and can save and load the state of the environment and all its wrappers.
+
+    Copies, because some environments return one array, overwritten at every step, and a VecEnv resets them before it
+    returns.
+    """
+
+    def reset(self, **options):
+        obs, info = self.env.reset(**options)
+        self.obs = np.array(obs)
+        return self.obs, info
+
+    def step(self, action):
+        obs, *rest = self.env.step(action)
+        self.obs = np.array(obs)
+        return self.obs, *rest
+
+    def layers(self) -> list:
+        """Return this wrapper, all below it, and the environment."""
+        found = [self]
+        while found[-1] is not self.unwrapped:
+            found.append(found[-1].env)
+        return found
+
+    def get_state(self) -> list | None:
+        """Return the attributes of each layer, or None where one is more than data, such as a physics engine."""
+        fixed = (gym.Space, gym.envs.registration.EnvSpec)
+        try:
+            return [
+                {name: pack(v) for name, v in vars(layer).items() if name != "env" and not isinstance(v, fixed)}
+                for layer in self.layers()
+            ]
+        except TypeError:
+            return None
+
+    def set_state(self, state: list) -> np.ndarray:
+        """Load what get_state returned; return the observation of that moment."""
+        for layer, attributes in zip(self.layers(), state, strict=True):
+            for name, value in attributes.items():
+                setattr(layer, name, unpack(value, getattr(layer, name, None)))
+        return self.obs
 
 
 class Run:
@@ -735,20 +835,37 @@ class Run:
         self.counts = {"global_step": 0}  # as of the last tick
         self.record = {"seconds": 0.0, "wall_seconds": 0.0, "best": -math.inf, "evaluations": [], "last_returns": []}
         self.started, self.paused, self.signal, self.latest = time.perf_counter(), 0.0, None, {}
-        self.checkpoint = load_checkpoint(self.dir / "last.pt") if args.resume else None
-        if self.checkpoint and "counts" not in self.checkpoint:
-            refuse(f"{self.dir / 'last.pt'} holds a network only and cannot be resumed")
-        if self.checkpoint and args.total_timesteps < self.checkpoint["counts"]["global_step"]:
-            refuse(f"--total-timesteps {args.total_timesteps} is less than the run has behind it")
+        self.env_states = None
+        if args.resume:
+            self.load(self.dir / "last.pt")
+
+    def load(self, path: Path):
+        """Load a checkpoint into the network and the rest of the state, before anything is written."""
+        checkpoint = load_checkpoint(path)
+        if "counts" not in checkpoint:
+            refuse(f"{path} holds a network only and cannot be resumed")
+        if self.args.total_timesteps < checkpoint["counts"]["global_step"]:
+            refuse(f"--total-timesteps {self.args.total_timesteps} is less than the run has behind it")
+        try:
+            for name, value in self.state.items():
+                value.load_state_dict(checkpoint.pop(name))
+            torch.set_rng_state(checkpoint["torch_rng"])
+            self.counts, self.record, self.env_states = (checkpoint[n] for n in ("counts", "record", "env_states"))
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            refuse(f"{path} is not of this run: {str(error).splitlines()[0]}")
+        if (self.dir / "best.pt").exists():  # it may be of after the checkpoint
+            self.record["best"] = max(self.record["best"], load_checkpoint(self.dir / "best.pt")["return_mean"])
 
     def __enter__(self):
-        args, step = self.args, self.checkpoint["counts"]["global_step"] if self.checkpoint else 0
+        args, step = self.args, self.counts["global_step"]
         try:
             self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
+            (self.dir / "result.json").unlink(missing_ok=True)  # of before the resume
             rows = ["step,metric,value"]
-            if args.resume:  # what a killed run reported after its last checkpoint will be reported again
-                lines = (self.dir / "progress.csv").read_text().splitlines()
-                rows += [line for line in lines[1:] if line.count(",") == 2 and int(line.split(",")[0]) <= step]
+            if (self.dir / "progress.csv").exists():  # what was reported after the checkpoint will be reported again
+                lines = (self.dir / "progress.csv").read_text(errors="replace").splitlines()
+                whole = [re.fullmatch(r"(\d+),[\w/]+,[-+.\de]+", line) for line in lines]
+                rows += [match[0] for match in whole if match and int(match[1]) <= step]
             self.csv_file = open(self.dir / "progress.csv", "w")
             self.csv_file.write("\n".join(rows) + "\n")
             (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
@@ -775,8 +892,10 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         try:
-            if kind is not None and issubclass(kind, Exception) and self.counts["global_step"] > 0:
-                self.save()  # in the middle of an iteration: resuming may repeat a few gradient steps
+            # Not after NaN, nor on a full disk; else in the middle of an iteration, a few gradient steps on.
+            broken = kind is not None and issubclass(kind, Exception) and not issubclass(kind, FloatingPointError)
+            if broken and self.counts["global_step"] > 0 and not is_disk_error(error):
+                self.save()
         finally:
             if kind is None or not hasattr(self.envs, "processes"):
                 self.envs.close()
@@ -786,8 +905,9 @@ class Run:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
             self.bar.close()
-            self.tensorboard.close()
-            self.csv_file.close()
+            with contextlib.suppress(OSError):
+                self.csv_file.close()
+                self.tensorboard.close()
         if kind is not None and self.counts["global_step"] > 0 and (self.dir / "last.pt").exists():
             command = shlex.join(["python", sys.argv[0], "--resume", str(self.dir)])
             print(f"stopped; to go on: {command}", file=sys.stderr)
@@ -815,7 +935,7 @@ class Run:
         self.latest.update(metrics)
         for name, value in metrics.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value} at step {global_step}")
+                raise FloatingPointError(f"{name} is not finite at step {global_step:,}")
             self.tensorboard.add_scalar(name, value, global_step)
             self.csv_file.write(f"{global_step},{name},{value}\n")
 
@@ -849,6 +969,12 @@ class Run:
         self.csv_file.flush()
         self.paused += time.perf_counter() - before
 
+    def check(self, global_step: int, **values):
+        """Stop at the step at which one of these is NaN or infinite; the last checkpoint, saved before, stays."""
+        for name, value in values.items():
+            if not np.isfinite(value.item() if isinstance(value, torch.Tensor) else value).all():
+                raise FloatingPointError(f"the {name} is not finite at step {global_step:,}")
+
     def tick(self, **counts: int):
         """Once per iteration: move the bar, save when a checkpoint is due, stop here if a signal asked for it."""
         every, step = self.args.checkpoint_every, counts["global_step"]
@@ -856,12 +982,12 @@ class Run:
         self.counts = counts
         self.bar.update(step - self.bar.n)
         if due or self.signal:
-            self.save()
+            self.save(between_steps=True)
         if self.signal:
             raise SystemExit(128 + self.signal)
 
-    def save(self):
-        """Write last.pt: all that --resume needs."""
+    def save(self, between_steps: bool = False):
+        """Write last.pt: all that --resume needs; the environments can be asked for their states between steps only."""
         before = time.perf_counter()
         self.csv_file.flush()
         self.tensorboard.flush()
@@ -869,22 +995,26 @@ class Run:
             record = {**self.record, "seconds": self.seconds(), "wall_seconds": self.wall_seconds()}
             contents = {"script": SCRIPT, "args": asdict(self.args), "counts": self.counts, "record": record}
             contents |= {name: value.state_dict() for name, value in self.state.items()}
-            save_atomically({**contents, "torch_rng": torch.get_rng_state()}, self.dir / "last.pt")
+            contents |= {"torch_rng": torch.get_rng_state(), "env_states": None}
+            if between_steps and hasattr(self.envs, "has_attr") and self.envs.has_attr("get_state"):
+                states = self.envs.env_method("get_state")
+                contents["env_states"] = states if all(states) else None
+            save_atomically(contents, self.dir / "last.pt")
         self.paused += time.perf_counter() - before
 
-    def restore(self):
-        """Load last.pt into the network and the state; return the counts in the order in which tick received them."""
-        try:
-            for name, value in self.state.items():
-                value.load_state_dict(self.checkpoint.pop(name))
-        except (KeyError, RuntimeError, ValueError) as error:
-            refuse(f"{self.dir / 'last.pt'} is not of this run: {str(error).splitlines()[0]}")
-        torch.set_rng_state(self.checkpoint["torch_rng"])
-        self.counts, self.record = self.checkpoint["counts"], self.checkpoint["record"]
-        if (self.dir / "best.pt").exists():  # it may be of after the checkpoint
-            self.record["best"] = max(self.record["best"], load_checkpoint(self.dir / "best.pt")["return_mean"])
-        self.checkpoint = None
+    def restored(self):
+        """Return the counts of the checkpoint, in the order in which tick received them."""
         return self.counts.values()
+
+    def first_obs(self, seed: int) -> np.ndarray:
+        """Return the first observations, or in a resumed run those at which it stopped, where the states were saved."""
+        self.envs.seed(seed)
+        obs = self.envs.reset()
+        if self.env_states is None and self.args.resume:
+            self.say("the environments' states cannot be saved: they begin new episodes")
+        for i, state in enumerate(self.env_states or []):
+            obs[i] = self.envs.env_method("set_state", state, indices=i)[0]
+        return obs
 
     def wall_seconds(self) -> float:
         return self.record["wall_seconds"] + time.perf_counter() - self.started
@@ -892,7 +1022,7 @@ class Run:
     def finish(self, seed: int) -> dict:
         """Save; evaluate the final and the best network on seeds not used so far; write result.json."""
         seconds, args = self.seconds(), self.args
-        self.save()
+        self.save(between_steps=True)
         for number, handler in self.handlers.items():  # all is saved: Ctrl-C and kill may act at once
             signal.signal(number, handler)
         if self.signal:
@@ -979,6 +1109,15 @@ def main(network_class):
             play(args, network_class)
         else:
             train(args)
+    except (FloatingPointError, OSError) as error:
+        if not isinstance(error, FloatingPointError) and not is_disk_error(error):
+            raise
+        print(f"{SCRIPT}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        refuse(f"not enough memory for these sizes: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:  # outside the training loop, or the second one
         raise SystemExit(128 + signal.SIGINT) from None
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -45,5 +46,23 @@ def python(tmp_path):
             timeout=timeout,
             env={**environment(), **env},
         )
+
+    return run
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """Run a script as `python dqn_cartpole.py` does, in tmp_path; return status, stdout and stderr."""
+
+    def run(*arguments, script="dqn_cartpole.py"):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
 
     return run

@@ -7,7 +7,6 @@ import math
 import multiprocessing
 import os
 import random
-import runpy
 import signal
 import subprocess
 import sys
@@ -563,24 +562,6 @@ def test_a_bootstrap_from_the_grave_does_not_learn(tmp_path, monkeypatch):
 # --- The command line ---
 
 
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """Run a script as `python dqn_cartpole.py` does, in tmp_path; return status, stdout and stderr."""
-
-    def run(*arguments, script="dqn_cartpole.py"):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
 def flags(options):
     return [str(word) for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
 
@@ -626,37 +607,6 @@ def rows_of_progress(run_dir):
 
 def evaluations_of(run_dir):
     return [step for step, metric, _ in rows_of_progress(run_dir) if metric == "eval/return_mean"]
-
-
-REFUSED = {
-    "unknown environment": (["--env-id", "CartPol-v1"], "Did you mean: `CartPole`"),
-    "module that is not there": (["--env-id", "no_such_module:Env-v0"], "no_such_module"),
-    "continuous actions": (["--env-id", "Pendulum-v1"], "Discrete"),
-    "image observations": (["--env-id", "toy_envs:Image-v0"], "1-D Box"),
-    "batch above memory": (["--batch-size", "64", "--buffer-size", "32"], "--buffer-size"),
-    "learning never starts": (["--learning-starts", "900", "--total-timesteps", "500"], "--learning-starts 900"),
-    "negative steps": (["--total-timesteps", "-5"], "--total-timesteps -5"),
-    "no environment": (["--num-envs", "0"], "--num-envs 0"),
-    "negative learning rate": (["--learning-rate", "-0.1"], "--learning-rate -0.1"),
-    "not a number": (["--learning-rate", "nan"], "--learning-rate nan"),
-    "discount above 1": (["--gamma", "1.5"], "--gamma 1.5"),
-    "negative time limit": (["--time-limit", "-2"], "--time-limit -2"),
-    "no such GPU": (["--device", "cuda:9"], "--device cuda:9"),
-    "no such device": (["--device", "gpu"], "--device gpu"),
-    "existing run directory": (["--run-dir", "."], "--run-dir ."),
-    "unknown flag": (["--learning-rat", "0.1"], "--learning-rate"),
-    "no such run": (["--resume", "nowhere"], "nowhere"),
-    "no such checkpoint": (["--play", "nowhere.pt"], "nowhere.pt"),
-}
-
-
-@pytest.mark.parametrize("arguments, message", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_work_is_refused_before_anything_is_written(arguments, message, cli, tmp_path):
-    status, out, err = cli(*arguments)
-    assert status == 2
-    assert message in " ".join(err.replace("│", " ").split())
-    assert "Traceback" not in out + err
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_film_that_cannot_be_made_is_refused_before_the_training(cli, tmp_path):

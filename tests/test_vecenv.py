@@ -17,7 +17,7 @@ import pytest
 import torch
 import toy_envs
 from conftest import ROOT, environment
-from test_dqn import assert_memory_holds_what_happened, cli  # noqa: F401 (a fixture)
+from test_dqn import assert_memory_holds_what_happened
 
 import dqn_vecenv as dqn
 
@@ -178,13 +178,13 @@ def test_the_real_envpool_plays_cartpole_as_gymnasium_does():
     "unknown to it": (["--env-id", "toy_envs:Constant-v0"], "--env-id toy_envs:Constant-v0: is not one of EnvPool's"),
     "window": (["--render"], "--vec-env envpool: its environments have no window"),
 }.values())  # fmt: skip
-def test_what_envpool_cannot_do_is_refused(flags, message, fake_envpool, cli, tmp_path):  # noqa: F811
+def test_what_envpool_cannot_do_is_refused(flags, message, fake_envpool, cli, tmp_path):
     status, _, err = cli("--vec-env", "envpool", *flags, script="dqn_vecenv.py")
     assert status == 2 and message in " ".join(err.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_envpool_is_named(cli, tmp_path, monkeypatch):  # noqa: F811
+def test_a_missing_envpool_is_named(cli, tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "envpool" else find_spec(name, *rest)

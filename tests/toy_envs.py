@@ -99,6 +99,25 @@ class Raising(Constant):
         return super().step(action)
 
 
+class NotANumber(Constant):
+    """Observes NaN from its 400th step on."""
+
+    steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        obs, *rest = super().step(action)
+        return obs * (np.nan if self.steps >= 400 else 1), *rest
+
+
+class Engine(Constant):
+    """Holds something that is more than data, as a physics engine would be."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+        self.engine = object()
+
+
 LENGTHS = (3, 4, 5)
 TIME_LIMIT = 4
 COUNTING = {
@@ -113,4 +132,6 @@ for name, options in COUNTING.items():
 gym.register("Constant-v0", entry_point=Constant, disable_env_checker=True, max_episode_steps=5)
 gym.register("Crashing-v0", entry_point=Crashing, disable_env_checker=True, max_episode_steps=5)
 gym.register("Raising-v0", entry_point=Raising, disable_env_checker=True, max_episode_steps=5)
+gym.register("NotANumber-v0", entry_point=NotANumber, disable_env_checker=True, max_episode_steps=5)
+gym.register("Engine-v0", entry_point=Engine, disable_env_checker=True, max_episode_steps=5)
 gym.register("Image-v0", entry_point=Image, disable_env_checker=True, max_episode_steps=5)
