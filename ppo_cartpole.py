@@ -123,8 +123,16 @@ class Args:
 
     def __post_init__(self):
         check_args(self)
-        divides = self.num_envs * self.num_steps % self.num_minibatches == 0
-        require(self, "num_minibatches", divides, "give a divisor of num_envs * num_steps")
+        batch_size = self.num_envs * self.num_steps
+        require(
+            self,
+            "num_minibatches",
+            batch_size % self.num_minibatches == 0,
+            "give a divisor of --num-envs * --num-steps",
+        )
+        # One sample has no standard deviation: its advantage would be NaN.
+        enough = batch_size // self.num_minibatches > 1 or not self.norm_advantages
+        require(self, "num_minibatches", enough, "give a smaller number, or --no-norm-advantages")
 
 
 # === Environment ======================================================================================================
@@ -238,18 +246,20 @@ def compute_gae(rewards, values, ended, gamma: float, gae_lambda: float):
     because time ran out, gamma * V(last observation) must already be in r_t: the task did not end there.
     rewards, ended: (T, N). values: (T + 1, N), the last row those of the observations at which the rollout was cut.
     """
+    goes_on = 1.0 - ended
+    deltas = rewards + gamma * goes_on * values[1:] - values[:-1]  # all at once: only A_t needs a loop
     advantages, advantage = np.zeros_like(rewards), np.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        goes_on = 1.0 - ended[t]
-        delta = rewards[t] + gamma * goes_on * values[t + 1] - values[t]
-        advantages[t] = advantage = delta + gamma * gae_lambda * goes_on * advantage
+        advantages[t] = advantage = deltas[t] + gamma * gae_lambda * goes_on[t] * advantage
     return advantages, advantages + values[:-1]
 
 
 def sample_actions(logits: torch.Tensor) -> torch.Tensor:
-    """Draw actions from softmax(logits), (B, A) -> (B,), as argmax(logits + Gumbel noise): the Gumbel-max trick."""
-    gumbel = -torch.empty_like(logits).exponential_().log()
-    return (logits + gumbel).argmax(dim=1)
+    """Draw actions from softmax(logits), (B, A) -> (B,): the Gumbel-max trick, argmax(logits + Gumbel noise).
+
+    -log of an exponential variable is Gumbel noise. Four operations in place of a distribution object and its checks.
+    """
+    return (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=1)
 
 
 def log_probs_and_entropy(logits: torch.Tensor, actions: torch.Tensor):
@@ -261,36 +271,45 @@ def log_probs_and_entropy(logits: torch.Tensor, actions: torch.Tensor):
 
 def normalise(advantages: torch.Tensor) -> torch.Tensor:
     """Shift and scale to mean 0 and standard deviation 1, (B,)."""
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    std, mean = torch.std_mean(advantages)
+    return (advantages - mean) / (std + 1e-8)
 
 
-def ppo_loss(new_log_probs, old_log_probs, advantages, clip_coef: float):
-    """Return the clipped surrogate loss, Schulman et al. 2017, equation 7, with approx_kl and clip_fraction; (B,) in.
+def ppo_loss(log_probs, old_log_probs, advantages, clip_coef: float):
+    """Return the clipped surrogate loss, Schulman et al. 2017, equation 7, and the log of the ratio; all (B,) but it.
 
     ratio = pi(a|s) / pi_old(a|s)            1 in the first minibatch after a rollout
     L     = -mean(min(ratio * A, clip(ratio, 1 - c, 1 + c) * A))
+
+    The minimum takes the incentive away, and never the correction: beyond the clip range the gradient is 0 where the
+    objective has already gained, and stays where it has lost.
     """
-    log_ratio = new_log_probs - old_log_probs
+    assert log_probs.shape == old_log_probs.shape == advantages.shape  # (B, 1) against (B,) would broadcast to (B, B)
+    log_ratio = log_probs - old_log_probs
     ratio = log_ratio.exp()
-    loss = -torch.min(ratio * advantages, ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef) * advantages).mean()
-    with torch.no_grad():
-        approx_kl = (ratio - 1.0 - log_ratio).mean()  # low-variance estimate of KL(pi_old, pi): Schulman's k3
-        clip_fraction = ((ratio - 1.0).abs() > clip_coef).float().mean()
-    return loss, approx_kl, clip_fraction
+    clipped = ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef)
+    return -torch.min(ratio * advantages, clipped * advantages).mean(), log_ratio
 
 
-def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
-    """1 - Var(return - V) / Var(return): 1 for a perfect value network, 0 for one that might as well be a constant."""
-    return 1.0 - float((returns - values).var() / max(returns.var(), 1e-8))
+@torch.no_grad()
+def approx_kl(log_ratio: torch.Tensor) -> float:
+    """Estimate KL(pi_old, pi) as the mean of ratio - 1 - log(ratio): never negative, and of low variance."""
+    return (log_ratio.exp() - 1.0 - log_ratio).mean().item()
 
 
 def value_loss(values, old_values, returns, clip_coef: float | None):
     """Return half the mean squared error of the values; with clip_coef, of V or of clipped V, whichever is worse."""
+    assert values.shape == returns.shape
     error = (values - returns).square()
     if clip_coef is not None:
         clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
         error = torch.max(error, (clipped - returns).square())
     return 0.5 * error.mean()
+
+
+def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
+    """1 - Var(return - V) / Var(return): 1 for a perfect value network, 0 for one that might as well be a constant."""
+    return 1.0 - float((returns - values).var() / max(returns.var(), 1e-8))
 
 
 def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
@@ -321,7 +340,7 @@ def train(args: Args) -> dict:
         if args.resume:
             global_step, gradient_steps = run.restore()
         envs.seed(train_seed + global_step)  # environment i gets this + i; a resumed run begins other episodes
-        obs = envs.reset()
+        rollout.obs[-1] = envs.reset()
 
         while global_step < args.total_timesteps and not run.reached(args.target_return):
             learning_rate = linear_schedule(args.learning_rate, 0.0, args.total_timesteps, global_step)
@@ -332,73 +351,67 @@ def train(args: Args) -> dict:
 
             # Collect: num_steps of every environment with the policy as it is. Only the actor runs here: values and
             # log-probabilities are computed afterwards for the whole rollout, two passes in place of 2 * num_steps.
+            rollout.obs[0] = rollout.obs[-1]  # go on where the last rollout was cut off
             timeouts = []  # (t, i, last observation) where an episode ran out of time
-            for t in range(args.num_steps):
-                with torch.no_grad():
-                    logits = network(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu()
-                actions = sample_actions(logits).numpy()
-                next_obs, rewards, dones, infos = envs.step(actions)
-                rollout.obs[t], rollout.actions[t], rollout.rewards[t], rollout.ended[t] = obs, actions, rewards, dones
-                global_step += args.num_envs
-                for i in np.flatnonzero(dones):
-                    run.write_episode(global_step, infos[i]["episode"])
-                    if infos[i]["TimeLimit.truncated"]:
-                        timeouts.append((t, i, infos[i]["terminal_observation"]))
-                obs = next_obs
-            rollout.obs[-1] = obs
-
-            # Advantages: one batch for all values. Where time ran out the task goes on: the value of the last
-            # observation, which is not in the rollout, is added to the last reward.
-            all_obs = torch.from_numpy(rollout.obs).to(device)  # (T + 1, N, obs_dim)
             with torch.no_grad():
+                for t in range(args.num_steps):
+                    logits = network(torch.from_numpy(rollout.obs[t]).to(device)).cpu()  # (N, A)
+                    actions = sample_actions(logits).numpy()
+                    rollout.obs[t + 1], rollout.rewards[t], dones, infos = envs.step(actions)
+                    rollout.actions[t], rollout.ended[t] = actions, dones
+                    global_step += args.num_envs
+                    for i in np.flatnonzero(dones):
+                        run.write_episode(global_step, infos[i]["episode"])
+                        if infos[i]["TimeLimit.truncated"]:
+                            timeouts.append((t, i, infos[i]["terminal_observation"]))
+
+                # Judge: one batch for all values. Where time ran out the task goes on: the value of the last
+                # observation, which is not in the rollout, is added to the last reward.
+                all_obs = torch.from_numpy(rollout.obs).to(device)  # (T + 1, N, obs_dim)
                 values = network.value(all_obs).cpu().numpy()  # (T + 1, N)
                 if timeouts:
                     steps, indices, last_obs = zip(*timeouts, strict=True)
-                    last_values = network.value(torch.as_tensor(np.stack(last_obs), dtype=torch.float32, device=device))
-                    rollout.rewards[steps, indices] += args.gamma * last_values.cpu().numpy()
-            advantages, returns = compute_gae(rollout.rewards, values, rollout.ended, args.gamma, args.gae_lambda)
+                    last_obs = torch.from_numpy(np.stack(last_obs).astype(np.float32)).to(device)
+                    rollout.rewards[steps, indices] += args.gamma * network.value(last_obs).cpu().numpy()
+                advantages, returns = compute_gae(rollout.rewards, values, rollout.ended, args.gamma, args.gae_lambda)
 
-            # (T, N, ...) -> (T * N, ...)
-            b_obs = all_obs[:-1].flatten(0, 1)
-            b_actions = torch.from_numpy(rollout.actions).to(device).flatten()
-            b_advantages, b_returns, b_values = (
-                torch.from_numpy(array).to(device).flatten() for array in (advantages, returns, values[:-1])
-            )
-            with torch.no_grad():
-                b_log_probs = log_probs_and_entropy(network(b_obs), b_actions)[0]
+                # One batch, (T, N, ...) -> (T * N, ...), and what pi_old gave its actions: a number, without gradient.
+                obs = all_obs[:-1].flatten(0, 1)
+                arrays = rollout.actions, advantages, returns, values[:-1]
+                actions, *others = (torch.from_numpy(array).to(device).flatten() for array in arrays)
+                old_log_probs, _ = log_probs_and_entropy(network(obs), actions)
+                batch = (obs, actions, old_log_probs, *others)
 
-            # Learn: update_epochs passes over the rollout, in minibatches that together hold every sample once.
+            # Learn: update_epochs passes over the batch. Each shuffles it, all columns in one order, and cuts it into
+            # minibatches (mb), which together hold every sample once.
             for _ in range(args.update_epochs):
-                for index in torch.randperm(len(b_obs)).to(device).split(minibatch_size):
-                    log_probs, entropy = log_probs_and_entropy(network(b_obs[index]), b_actions[index])
-                    minibatch_advantages = b_advantages[index]
+                order = torch.randperm(len(obs)).to(device)
+                minibatches = zip(*(column[order].split(minibatch_size) for column in batch), strict=True)
+                for mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns, mb_values in minibatches:
+                    log_probs, entropy = log_probs_and_entropy(network(mb_obs), mb_actions)
                     if args.norm_advantages:
-                        minibatch_advantages = normalise(minibatch_advantages)
-                    policy_loss, approx_kl, clip_fraction = ppo_loss(
-                        log_probs, b_log_probs[index], minibatch_advantages, clip_coef
-                    )
-                    values_loss = value_loss(
-                        network.value(b_obs[index]),
-                        b_values[index],
-                        b_returns[index],
-                        clip_coef if args.clip_value_loss else None,
-                    )
-                    loss = policy_loss + args.value_coef * values_loss - args.entropy_coef * entropy.mean()
+                        mb_advantages = normalise(mb_advantages)
+                    policy_loss, log_ratio = ppo_loss(log_probs, mb_log_probs, mb_advantages, clip_coef)
+                    value_clip = clip_coef if args.clip_value_loss else None
+                    values_loss = value_loss(network.value(mb_obs), mb_values, mb_returns, value_clip)
+                    loss = policy_loss + args.value_coef * values_loss
+                    if args.entropy_coef > 0:  # else no backward pass through the entropy
+                        loss = loss - args.entropy_coef * entropy.mean()
                     optimizer.zero_grad()
                     loss.backward()
                     if args.max_grad_norm > 0:
                         nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
                     gradient_steps += 1
-                if args.target_kl is not None and approx_kl > args.target_kl:
+                if args.target_kl is not None and approx_kl(log_ratio) > args.target_kl:
                     break
 
-            metrics = {
+            metrics = {  # of the last minibatch, before its gradient step
                 "policy_loss": policy_loss.item(),
                 "value_loss": values_loss.item(),
                 "entropy": entropy.mean().item(),
-                "approx_kl": approx_kl.item(),
-                "clip_fraction": clip_fraction.item(),
+                "approx_kl": approx_kl(log_ratio),
+                "clip_fraction": ((log_ratio.exp() - 1.0).abs() > clip_coef).float().mean().item(),
                 "explained_variance": explained_variance(values[:-1], returns),
                 "learning_rate": learning_rate,
             }
