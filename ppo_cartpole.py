@@ -24,19 +24,29 @@ away. Schulman et al., "Proximal policy optimization algorithms", 2017.
     python ppo_cartpole.py
     python ppo_cartpole.py --seed 2 --video                      # and a film of the best network
     python ppo_cartpole.py --target-kl 0.02                      # end the passes over a rollout early
-    python ppo_cartpole.py --resume runs/NAME --total-timesteps 200000
+    python ppo_cartpole.py --resume runs/NAME --total-timesteps 120000
     python ppo_cartpole.py --play runs/NAME/best.pt --render
 
 Measured with the defaults, seeds 1 to 10: the final network's greedy return over 100 episodes is 500.0 on ten of ten,
-no evaluation in the last fifth is under 500, and training takes 10 to 14 s on one core, evaluations not counted.
+every evaluation in the last fifth is 500.0, and training takes 3 to 4 s on one core, evaluations not counted.
 
-Is my run healthy?       at 10 %    at 50 %    at 100 %     (median of ten seeds)
-    greedy return        192        500        500          (33 to 500 at 10 %; on every seed 500 from 50 % on)
-    training return      86         350        500
+Is my run healthy?       at 10 %    at 50 %    at 100 %     (median of ten seeds; lowest and highest)
+    greedy return        258        500        500          (105 to 384; 425 to 500; 500 to 500)
+    training return      35         205        437          (mean of the last 100 episodes: it looks back, and explores)
+    entropy              0.58       0.49       0.40         (0.69 = log 2 is a policy that does not care)
+    approx_kl            0.009      0.001      0.000        (of the last minibatch; it falls with the learning rate)
 
-Differences from the paper: separate networks for policy and values; the value loss is plain unless --clip-value-loss;
-an episode that ran out of time is not taken for one that ended: the value of its last observation is added to the
-last reward. Values and log-probabilities of a rollout are computed after it, in two passes, and not step by step.
+Explained variance says little here: once every episode runs to the time limit the returns hardly vary.
+
+Why it is fast. On-policy learning needs no replay memory and no target network, and the rollout is the unit of work:
+the values of all its observations are one batch after it, and so are the probabilities of its actions; advantages are
+computed for all environments at once; a pass shuffles each column once; and Adam is one fused kernel. No distribution
+objects: sampling is four tensor operations. What remains is gradient steps, three quarters of the time.
+
+Differences from the paper: as in the code that its authors released, weights start orthogonal, advantages are
+normalised in each minibatch, and the norm of the gradient is clipped; that code also clips the value loss, which here
+is --clip-value-loss. An episode that ran out of time is not taken for one that ended: the value of its last
+observation is added to the last reward.
 
 Differences from dqn_cartpole.py, by section. Network: actor and critic. Rollout in place of the replay memory.
 Equations: advantages and the clipped losses in place of the TD loss. Training: collect, then learn; no epsilon and no
@@ -90,18 +100,18 @@ class Args:
     track_project: str = "ppo"  # project name for the tracker
 
     # environment
-    num_envs: int = 8  # environments that step side by side
+    num_envs: int = 32  # environments that step side by side
     vec_env: Literal["dummy", "subproc"] = "dummy"  # in this process, or a process each, which slow ones repay
     time_limit: int | None = None  # steps per episode in place of the environment's own limit; -1 removes it
 
     # algorithm
-    total_timesteps: int = 100_000  # transitions, summed over the environments
+    total_timesteps: int = 60_000  # transitions, summed over the environments
     target_return: float | None = None  # end the run once the last 100 training episodes have this mean return
     num_steps: int = 32  # steps of each environment per rollout
-    update_epochs: int = 20  # passes over each rollout
-    num_minibatches: int = 1  # minibatches per pass
+    update_epochs: int = 8  # passes over each rollout
+    num_minibatches: int = 4  # minibatches per pass
     gamma: float = 0.98  # discount per step
-    gae_lambda: float = 0.8  # of generalised advantage estimation: 0 trusts the values alone, 1 the rewards alone
+    gae_lambda: float = 0.9  # of generalised advantage estimation: 0 trusts the values alone, 1 the rewards alone
     norm_advantages: bool = True  # to mean 0 and standard deviation 1, in each minibatch
     clip_coef: float = 0.2  # the ratio of new to old probability earns nothing outside 1 - clip_coef .. 1 + clip_coef
     clip_value_loss: bool = False  # clip the change of the values as well
@@ -111,13 +121,13 @@ class Args:
     hidden_size: int = 64  # units in each of the two hidden layers, of the actor and of the critic
 
     # optimisation
-    learning_rate: float = 1e-3  # step size of Adam at the start; it falls linearly to 0 over total_timesteps
+    learning_rate: float = 2e-3  # step size of Adam at the start; it falls linearly to 0 over total_timesteps
     optimizer_eps: float = 1e-5  # added to the root mean square that Adam divides by
     anneal_clip: bool = True  # let clip_coef fall to 0 as well
     max_grad_norm: float = 0.5  # clips the global norm of the gradient; 0 does not
 
     # evaluation
-    eval_every: int = 5_000  # transitions between evaluations
+    eval_every: int = 3_000  # transitions between evaluations
     eval_episodes: int = 20  # greedy episodes per evaluation
     final_eval_episodes: int = 100  # greedy episodes at the end, on seeds that were not used to choose the best network
 

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -274,6 +273,35 @@ def test_a_rollout_goes_on_where_the_last_one_was_cut_off(tmp_path, monkeypatch)
     np.testing.assert_array_equal(reward[same], (step[:-1] + last_action[1:] / 2)[same])
 
 
+def test_a_timeout_adds_the_value_of_the_observation_that_it_cut_off(tmp_path, monkeypatch):
+    # The value network here is the step that an observation tells: 4 where time runs out, 0 after the reset.
+    rewards = []
+    monkeypatch.setattr(ppo.ActorCritic, "value", lambda network, obs: obs[..., 2] + 0 * network.critic(obs)[..., 0])
+    compute_gae = ppo.compute_gae
+    monkeypatch.setattr(ppo, "compute_gae", lambda r, *rest: rewards.append(r.copy()) or compute_gae(r, *rest))
+    make_envs = ppo.make_envs
+
+    def recording(args):
+        envs = make_envs(args)
+        step_wait, envs.seen = envs.step_wait, []
+
+        def spy():
+            envs.seen.append(step_wait())
+            return envs.seen[-1]
+
+        envs.step_wait = spy
+        made.append(envs)
+        return envs
+
+    made = []
+    monkeypatch.setattr(ppo, "make_envs", recording)
+    ppo.train(options(tmp_path, env_id="toy_envs:Mixed-v0", gamma=0.5))
+    _, raw, dones, infos = zip(*made[0].seen, strict=True)
+    truncated = np.array([[info["TimeLimit.truncated"] for info in row] for row in infos])
+    assert truncated.any() and (np.array(dones) & ~truncated).any()  # both kinds of end are in it
+    np.testing.assert_allclose(np.concatenate(rewards), np.array(raw) + 0.5 * 4 * truncated)
+
+
 @pytest.mark.parametrize("num_minibatches", [24, 5])
 def test_minibatches_that_cannot_work_are_refused(tmp_path, num_minibatches):
     with pytest.raises(ValueError, match="--num-minibatches"):
@@ -344,32 +372,70 @@ def test_target_kl_ends_the_epochs_early(tmp_path):
     assert held["gradient_steps"] < free["gradient_steps"] / 2
 
 
-def test_the_same_seed_gives_the_same_parameters_to_the_bit(tmp_path):
-    def parameters(name, seed):
-        ppo.train(options(tmp_path / name, seed=seed))
-        network = ppo.load_checkpoint(tmp_path / name / "run" / "last.pt")["network"]
-        return torch.cat([tensor.flatten() for tensor in network.values()])
+def trained(tmp_path, name, **changes):
+    """Return all parameters after a short run, in one vector."""
+    ppo.train(options(tmp_path / name, **changes))
+    network = ppo.load_checkpoint(tmp_path / name / "run" / "last.pt")["network"]
+    return torch.cat([tensor.flatten() for tensor in network.values()])
 
-    first = parameters("a", 1)
-    assert torch.equal(first, parameters("b", 1)) and not torch.equal(first, parameters("c", 2))
+
+def test_the_same_seed_gives_the_same_parameters_to_the_bit(tmp_path):
+    first = trained(tmp_path, "a", seed=1)
+    assert torch.equal(first, trained(tmp_path, "b", seed=1))
+    assert not torch.equal(first, trained(tmp_path, "c", seed=2))
+
+
+def test_the_seed_reaches_the_initial_weights(tmp_path):
+    first, second = (trained(tmp_path, f"seed {seed}", seed=seed, learning_rate=1e-12) for seed in (1, 2))
+    assert (first - second).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("gamma", 0.5),
+        ("gae_lambda", 0.1),
+        ("clip_coef", 1e-3),
+        ("value_coef", 0.1),
+        ("entropy_coef", 0.1),
+        ("max_grad_norm", 1e-3),
+        ("optimizer_eps", 1.0),
+        ("update_epochs", 3),
+    ],
+)
+def test_a_flag_of_the_algorithm_reaches_it(tmp_path, flag, value):
+    assert not torch.equal(trained(tmp_path, "default"), trained(tmp_path, "changed", **{flag: value}))
+
+
+def test_what_is_logged_is_of_the_last_minibatch(tmp_path, monkeypatch):
+    log_ratios, original = [], ppo.ppo_loss
+
+    def spy(*args):
+        loss, log_ratio = original(*args)
+        log_ratios.append((log_ratio.detach(), loss.item(), args[-1]))
+        return loss, log_ratio
+
+    monkeypatch.setattr(ppo, "ppo_loss", spy)
+    ppo.train(options(tmp_path, learning_rate=0.1, clip_coef=0.05, anneal_clip=False))
+    rows = (row.split(",") for row in (tmp_path / "run" / "progress.csv").read_text().splitlines()[1:])
+    logged = {metric: float(value) for _, metric, value in rows}  # the last of each metric
+    log_ratio, loss, clip_coef = log_ratios[-1]
+    outside = ((log_ratio.exp() < 1 - clip_coef) | (log_ratio.exp() > 1 + clip_coef)).float().mean().item()
+    assert 0 < outside < 1 and outside != 0.5
+    assert logged["train/clip_fraction"] == pytest.approx(outside)
+    assert logged["train/approx_kl"] == pytest.approx(ppo.approx_kl(log_ratio))
+    assert logged["train/policy_loss"] == pytest.approx(loss)
 
 
 def test_it_learns_cartpole(tmp_path):
-    args = replace(options(tmp_path), num_envs=8, num_steps=32, num_minibatches=1, update_epochs=20, hidden_size=64)
-    args = replace(args, total_timesteps=20_000, final_eval_episodes=20)
-    result = ppo.train(args)
+    result = ppo.train(ppo.Args(total_timesteps=20_000, eval_every=10**6, run_dir=str(tmp_path / "run")))
     assert result["final_return_mean"] > 150  # an untrained network stays near 10
 
 
 def test_an_untrained_network_has_not_learned(tmp_path):
-    args = replace(options(tmp_path), num_steps=9, update_epochs=1, total_timesteps=36, final_eval_episodes=20)
+    args = options(tmp_path, num_steps=9, update_epochs=1, total_timesteps=36, final_eval_episodes=20)
     assert ppo.train(args)["final_return_mean"] < 50
 
 
 def test_a_norm_of_0_does_not_clip(tmp_path):
-    def parameters(name, max_grad_norm):
-        ppo.train(options(tmp_path / name, max_grad_norm=max_grad_norm))
-        network = ppo.load_checkpoint(tmp_path / name / "run" / "last.pt")["network"]
-        return torch.cat([tensor.flatten() for tensor in network.values()])
-
-    assert torch.equal(parameters("off", 0.0), parameters("far", 1e9))
+    assert torch.equal(trained(tmp_path, "off", max_grad_norm=0.0), trained(tmp_path, "far", max_grad_norm=1e9))
