@@ -134,12 +134,8 @@ class Args:
     def __post_init__(self):
         check_args(self)
         batch_size = self.num_envs * self.num_steps
-        require(
-            self,
-            "num_minibatches",
-            batch_size % self.num_minibatches == 0,
-            "give a divisor of --num-envs * --num-steps",
-        )
+        divides = batch_size % self.num_minibatches == 0
+        require(self, "num_minibatches", divides, "give a divisor of --num-envs * --num-steps")
         # One sample has no standard deviation: its advantage would be NaN.
         enough = batch_size // self.num_minibatches > 1 or not self.norm_advantages
         require(self, "num_minibatches", enough, "give a smaller number, or --no-norm-advantages")
@@ -237,10 +233,6 @@ class Rollout:
         self.actions = np.zeros((num_steps, num_envs), np.int64)
         self.rewards = np.zeros((num_steps, num_envs), np.float32)
         self.ended = np.zeros((num_steps, num_envs), bool)  # an episode ended after this step, in whichever way
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in vars(self).values())
 
 
 # === Equations ========================================================================================================
@@ -346,7 +338,6 @@ def train(args: Args) -> dict:
     global_step = gradient_steps = 0
 
     with Run(args, envs, network, optimizer=optimizer) as run:
-        run.say(f"a rollout holds {args.num_envs * args.num_steps:,} transitions in {rollout.nbytes:,} bytes")
         if args.resume:
             global_step, gradient_steps = run.restore()
         envs.seed(train_seed + global_step)  # environment i gets this + i; a resumed run begins other episodes
