@@ -24,19 +24,29 @@ away. Schulman et al., "Proximal policy optimization algorithms", 2017.
     python ppo_cartpole.py
     python ppo_cartpole.py --seed 2 --video                      # and a film of the best network
     python ppo_cartpole.py --target-kl 0.02                      # end the passes over a rollout early
-    python ppo_cartpole.py --resume runs/NAME --total-timesteps 200000
+    python ppo_cartpole.py --resume runs/NAME --total-timesteps 120000
     python ppo_cartpole.py --play runs/NAME/best.pt --render
 
 Measured with the defaults, seeds 1 to 10: the final network's greedy return over 100 episodes is 500.0 on ten of ten,
-no evaluation in the last fifth is under 500, and training takes 10 to 14 s on one core, evaluations not counted.
+every evaluation in the last fifth is 500.0, and training takes 3 to 4 s on one core, evaluations not counted.
 
-Is my run healthy?       at 10 %    at 50 %    at 100 %     (median of ten seeds)
-    greedy return        192        500        500          (33 to 500 at 10 %; on every seed 500 from 50 % on)
-    training return      86         350        500
+Is my run healthy?       at 10 %    at 50 %    at 100 %     (median of ten seeds; lowest and highest)
+    greedy return        258        500        500          (105 to 384; 425 to 500; 500 to 500)
+    training return      35         205        437          (mean of the last 100 episodes: it looks back, and explores)
+    entropy              0.58       0.49       0.40         (0.69 = log 2 is a policy that does not care)
+    approx_kl            0.009      0.001      0.000        (of the last minibatch; it falls with the learning rate)
 
-Differences from the paper: separate networks for policy and values; the value loss is plain unless --clip-value-loss;
-an episode that ran out of time is not taken for one that ended: the value of its last observation is added to the
-last reward. Values and log-probabilities of a rollout are computed after it, in two passes, and not step by step.
+Explained variance says little here: once every episode runs to the time limit the returns hardly vary.
+
+Why it is fast. On-policy learning needs no replay memory and no target network, and the rollout is the unit of work:
+the values of all its observations are one batch after it, and so are the probabilities of its actions; advantages are
+computed for all environments at once; a pass shuffles each column once; and Adam is one fused kernel. No distribution
+objects: sampling is four tensor operations. What remains is gradient steps, three quarters of the time.
+
+Differences from the paper: as in the code that its authors released, weights start orthogonal, advantages are
+normalised in each minibatch, and the norm of the gradient is clipped; that code also clips the value loss, which here
+is --clip-value-loss. An episode that ran out of time is not taken for one that ended: the value of its last
+observation is added to the last reward.
 
 Differences from dqn_cartpole.py, by section. Network: actor and critic. Rollout in place of the replay memory.
 Equations: advantages and the clipped losses in place of the TD loss. Training: collect, then learn; no epsilon and no
@@ -94,18 +104,18 @@ class Args:
     track_project: str = "ppo"  # project name for the tracker
 
     # environment
-    num_envs: int = 8  # environments that step side by side
+    num_envs: int = 32  # environments that step side by side
     vec_env: Literal["dummy", "subproc"] = "dummy"  # in this process, or a process each, which slow ones repay
     time_limit: int | None = None  # steps per episode in place of the environment's own limit; -1 removes it
 
     # algorithm
-    total_timesteps: int = 100_000  # transitions, summed over the environments
+    total_timesteps: int = 60_000  # transitions, summed over the environments
     target_return: float | None = None  # end the run once the last 100 training episodes have this mean return
     num_steps: int = 32  # steps of each environment per rollout
-    update_epochs: int = 20  # passes over each rollout
-    num_minibatches: int = 1  # minibatches per pass
+    update_epochs: int = 8  # passes over each rollout
+    num_minibatches: int = 4  # minibatches per pass
     gamma: float = 0.98  # discount per step
-    gae_lambda: float = 0.8  # of generalised advantage estimation: 0 trusts the values alone, 1 the rewards alone
+    gae_lambda: float = 0.9  # of generalised advantage estimation: 0 trusts the values alone, 1 the rewards alone
     norm_advantages: bool = True  # to mean 0 and standard deviation 1, in each minibatch
     clip_coef: float = 0.2  # the ratio of new to old probability earns nothing outside 1 - clip_coef .. 1 + clip_coef
     clip_value_loss: bool = False  # clip the change of the values as well
@@ -115,20 +125,24 @@ class Args:
     hidden_size: int = 64  # units in each of the two hidden layers, of the actor and of the critic
 
     # optimisation
-    learning_rate: float = 1e-3  # step size of Adam at the start; it falls linearly to 0 over total_timesteps
+    learning_rate: float = 2e-3  # step size of Adam at the start; it falls linearly to 0 over total_timesteps
     optimizer_eps: float = 1e-5  # added to the root mean square that Adam divides by
     anneal_clip: bool = True  # let clip_coef fall to 0 as well
     max_grad_norm: float = 0.5  # clips the global norm of the gradient; 0 does not
 
     # evaluation
-    eval_every: int = 5_000  # transitions between evaluations
+    eval_every: int = 3_000  # transitions between evaluations
     eval_episodes: int = 20  # greedy episodes per evaluation
     final_eval_episodes: int = 100  # greedy episodes at the end, on seeds that were not used to choose the best network
 
     def __post_init__(self):
         check_args(self)
-        divides = self.num_envs * self.num_steps % self.num_minibatches == 0
-        require(self, "num_minibatches", divides, "give a divisor of num_envs * num_steps")
+        batch_size = self.num_envs * self.num_steps
+        divides = batch_size % self.num_minibatches == 0
+        require(self, "num_minibatches", divides, "give a divisor of --num-envs * --num-steps")
+        # One sample has no standard deviation: its advantage would be NaN.
+        enough = batch_size // self.num_minibatches > 1 or not self.norm_advantages
+        require(self, "num_minibatches", enough, "give a smaller number, or --no-norm-advantages")
 
 
 # === Environment ======================================================================================================
@@ -241,18 +255,20 @@ def compute_gae(rewards, values, ended, gamma: float, gae_lambda: float):
     because time ran out, gamma * V(last observation) must already be in r_t: the task did not end there.
     rewards, ended: (T, N). values: (T + 1, N), the last row those of the observations at which the rollout was cut.
     """
+    goes_on = 1.0 - ended
+    deltas = rewards + gamma * goes_on * values[1:] - values[:-1]  # all at once: only A_t needs a loop
     advantages, advantage = np.zeros_like(rewards), np.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        goes_on = 1.0 - ended[t]
-        delta = rewards[t] + gamma * goes_on * values[t + 1] - values[t]
-        advantages[t] = advantage = delta + gamma * gae_lambda * goes_on * advantage
+        advantages[t] = advantage = deltas[t] + gamma * gae_lambda * goes_on[t] * advantage
     return advantages, advantages + values[:-1]
 
 
 def sample_actions(logits: torch.Tensor) -> torch.Tensor:
-    """Draw actions from softmax(logits), (B, A) -> (B,), as argmax(logits + Gumbel noise): the Gumbel-max trick."""
-    gumbel = -torch.empty_like(logits).exponential_().log()
-    return (logits + gumbel).argmax(dim=1)
+    """Draw actions from softmax(logits), (B, A) -> (B,): the Gumbel-max trick, argmax(logits + Gumbel noise).
+
+    -log of an exponential variable is Gumbel noise. Four operations in place of a distribution object and its checks.
+    """
+    return (logits - torch.empty_like(logits).exponential_().log()).argmax(dim=1)
 
 
 def log_probs_and_entropy(logits: torch.Tensor, actions: torch.Tensor):
@@ -264,36 +280,45 @@ def log_probs_and_entropy(logits: torch.Tensor, actions: torch.Tensor):
 
 def normalise(advantages: torch.Tensor) -> torch.Tensor:
     """Shift and scale to mean 0 and standard deviation 1, (B,)."""
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    std, mean = torch.std_mean(advantages)
+    return (advantages - mean) / (std + 1e-8)
 
 
-def ppo_loss(new_log_probs, old_log_probs, advantages, clip_coef: float):
-    """Return the clipped surrogate loss, Schulman et al. 2017, equation 7, with approx_kl and clip_fraction; (B,) in.
+def ppo_loss(log_probs, old_log_probs, advantages, clip_coef: float):
+    """Return the clipped surrogate loss, Schulman et al. 2017, equation 7, and the log of the ratio; all (B,) but it.
 
     ratio = pi(a|s) / pi_old(a|s)            1 in the first minibatch after a rollout
     L     = -mean(min(ratio * A, clip(ratio, 1 - c, 1 + c) * A))
+
+    The minimum takes the incentive away, and never the correction: beyond the clip range the gradient is 0 where the
+    objective has already gained, and stays where it has lost.
     """
-    log_ratio = new_log_probs - old_log_probs
+    assert log_probs.shape == old_log_probs.shape == advantages.shape  # (B, 1) against (B,) would broadcast to (B, B)
+    log_ratio = log_probs - old_log_probs
     ratio = log_ratio.exp()
-    loss = -torch.min(ratio * advantages, ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef) * advantages).mean()
-    with torch.no_grad():
-        approx_kl = (ratio - 1.0 - log_ratio).mean()  # low-variance estimate of KL(pi_old, pi): Schulman's k3
-        clip_fraction = ((ratio - 1.0).abs() > clip_coef).float().mean()
-    return loss, approx_kl, clip_fraction
+    clipped = ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef)
+    return -torch.min(ratio * advantages, clipped * advantages).mean(), log_ratio
 
 
-def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
-    """1 - Var(return - V) / Var(return): 1 for a perfect value network, 0 for one that might as well be a constant."""
-    return 1.0 - float((returns - values).var() / max(returns.var(), 1e-8))
+@torch.no_grad()
+def approx_kl(log_ratio: torch.Tensor) -> float:
+    """Estimate KL(pi_old, pi) as the mean of ratio - 1 - log(ratio): never negative, and of low variance."""
+    return (log_ratio.exp() - 1.0 - log_ratio).mean().item()
 
 
 def value_loss(values, old_values, returns, clip_coef: float | None):
     """Return half the mean squared error of the values; with clip_coef, of V or of clipped V, whichever is worse."""
+    assert values.shape == returns.shape
     error = (values - returns).square()
     if clip_coef is not None:
         clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
         error = torch.max(error, (clipped - returns).square())
     return 0.5 * error.mean()
+
+
+def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
+    """1 - Var(return - V) / Var(return): 1 for a perfect value network, 0 for one that might as well be a constant."""
+    return 1.0 - float((returns - values).var() / max(returns.var(), 1e-8))
 
 
 def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
@@ -323,7 +348,7 @@ def train(args: Args) -> dict:
         run.say(f"a rollout holds {args.num_envs * args.num_steps:,} transitions in {rollout.nbytes:,} bytes")
         if args.resume:
             global_step, gradient_steps = run.restored()
-        obs = run.first_obs(train_seed + global_step)  # environment i gets this seed + i
+        rollout.obs[-1] = run.first_obs(train_seed + global_step)  # environment i gets this seed + i
 
         while global_step < args.total_timesteps and not run.reached(args.target_return):
             learning_rate = linear_schedule(args.learning_rate, 0.0, args.total_timesteps, global_step)
@@ -334,73 +359,67 @@ def train(args: Args) -> dict:
 
             # Collect: num_steps of every environment with the policy as it is. Only the actor runs here: values and
             # log-probabilities are computed afterwards for the whole rollout, two passes in place of 2 * num_steps.
+            rollout.obs[0] = rollout.obs[-1]  # go on where the last rollout was cut off
             timeouts = []  # (t, i, last observation) where an episode ran out of time
-            for t in range(args.num_steps):
-                with torch.no_grad():
-                    logits = network(torch.as_tensor(obs, dtype=torch.float32, device=device)).cpu()
-                actions = sample_actions(logits).numpy()
-                next_obs, rewards, dones, infos = envs.step(actions)
-                rollout.obs[t], rollout.actions[t], rollout.rewards[t], rollout.ended[t] = obs, actions, rewards, dones
-                global_step += args.num_envs
-                for i in np.flatnonzero(dones):
-                    run.write_episode(global_step, infos[i]["episode"])
-                    if infos[i]["TimeLimit.truncated"]:
-                        timeouts.append((t, i, infos[i]["terminal_observation"]))
-                obs = next_obs
-            rollout.obs[-1] = obs
-
-            # Advantages: one batch for all values. Where time ran out the task goes on: the value of the last
-            # observation, which is not in the rollout, is added to the last reward.
-            all_obs = torch.from_numpy(rollout.obs).to(device)  # (T + 1, N, obs_dim)
             with torch.no_grad():
+                for t in range(args.num_steps):
+                    logits = network(torch.from_numpy(rollout.obs[t]).to(device)).cpu()  # (N, A)
+                    actions = sample_actions(logits).numpy()
+                    rollout.obs[t + 1], rollout.rewards[t], dones, infos = envs.step(actions)
+                    rollout.actions[t], rollout.ended[t] = actions, dones
+                    global_step += args.num_envs
+                    for i in np.flatnonzero(dones):
+                        run.write_episode(global_step, infos[i]["episode"])
+                        if infos[i]["TimeLimit.truncated"]:
+                            timeouts.append((t, i, infos[i]["terminal_observation"]))
+
+                # Judge: one batch for all values. Where time ran out the task goes on: the value of the last
+                # observation, which is not in the rollout, is added to the last reward.
+                all_obs = torch.from_numpy(rollout.obs).to(device)  # (T + 1, N, obs_dim)
                 values = network.value(all_obs).cpu().numpy()  # (T + 1, N)
                 if timeouts:
                     steps, indices, last_obs = zip(*timeouts, strict=True)
-                    last_values = network.value(torch.as_tensor(np.stack(last_obs), dtype=torch.float32, device=device))
-                    rollout.rewards[steps, indices] += args.gamma * last_values.cpu().numpy()
-            advantages, returns = compute_gae(rollout.rewards, values, rollout.ended, args.gamma, args.gae_lambda)
+                    last_obs = torch.from_numpy(np.stack(last_obs).astype(np.float32)).to(device)
+                    rollout.rewards[steps, indices] += args.gamma * network.value(last_obs).cpu().numpy()
+                advantages, returns = compute_gae(rollout.rewards, values, rollout.ended, args.gamma, args.gae_lambda)
 
-            # (T, N, ...) -> (T * N, ...)
-            b_obs = all_obs[:-1].flatten(0, 1)
-            b_actions = torch.from_numpy(rollout.actions).to(device).flatten()
-            b_advantages, b_returns, b_values = (
-                torch.from_numpy(array).to(device).flatten() for array in (advantages, returns, values[:-1])
-            )
-            with torch.no_grad():
-                b_log_probs = log_probs_and_entropy(network(b_obs), b_actions)[0]
+                # One batch, (T, N, ...) -> (T * N, ...), and what pi_old gave its actions: a number, without gradient.
+                obs = all_obs[:-1].flatten(0, 1)
+                arrays = rollout.actions, advantages, returns, values[:-1]
+                actions, *others = (torch.from_numpy(array).to(device).flatten() for array in arrays)
+                old_log_probs, _ = log_probs_and_entropy(network(obs), actions)
+                batch = (obs, actions, old_log_probs, *others)
 
-            # Learn: update_epochs passes over the rollout, in minibatches that together hold every sample once.
+            # Learn: update_epochs passes over the batch. Each shuffles it, all columns in one order, and cuts it into
+            # minibatches (mb), which together hold every sample once.
             for _ in range(args.update_epochs):
-                for index in torch.randperm(len(b_obs)).to(device).split(minibatch_size):
-                    log_probs, entropy = log_probs_and_entropy(network(b_obs[index]), b_actions[index])
-                    minibatch_advantages = b_advantages[index]
+                order = torch.randperm(len(obs)).to(device)
+                minibatches = zip(*(column[order].split(minibatch_size) for column in batch), strict=True)
+                for mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns, mb_values in minibatches:
+                    log_probs, entropy = log_probs_and_entropy(network(mb_obs), mb_actions)
                     if args.norm_advantages:
-                        minibatch_advantages = normalise(minibatch_advantages)
-                    policy_loss, approx_kl, clip_fraction = ppo_loss(
-                        log_probs, b_log_probs[index], minibatch_advantages, clip_coef
-                    )
-                    values_loss = value_loss(
-                        network.value(b_obs[index]),
-                        b_values[index],
-                        b_returns[index],
-                        clip_coef if args.clip_value_loss else None,
-                    )
-                    loss = policy_loss + args.value_coef * values_loss - args.entropy_coef * entropy.mean()
+                        mb_advantages = normalise(mb_advantages)
+                    policy_loss, log_ratio = ppo_loss(log_probs, mb_log_probs, mb_advantages, clip_coef)
+                    value_clip = clip_coef if args.clip_value_loss else None
+                    values_loss = value_loss(network.value(mb_obs), mb_values, mb_returns, value_clip)
+                    loss = policy_loss + args.value_coef * values_loss
+                    if args.entropy_coef > 0:  # else no backward pass through the entropy
+                        loss = loss - args.entropy_coef * entropy.mean()
                     optimizer.zero_grad()
                     loss.backward()
                     if args.max_grad_norm > 0:
                         nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
                     gradient_steps += 1
-                if args.target_kl is not None and approx_kl > args.target_kl:
+                if args.target_kl is not None and approx_kl(log_ratio) > args.target_kl:
                     break
 
-            metrics = {
+            metrics = {  # of the last minibatch, before its gradient step
                 "policy_loss": policy_loss.item(),
                 "value_loss": values_loss.item(),
                 "entropy": entropy.mean().item(),
-                "approx_kl": approx_kl.item(),
-                "clip_fraction": clip_fraction.item(),
+                "approx_kl": approx_kl(log_ratio),
+                "clip_fraction": ((log_ratio.exp() - 1.0).abs() > clip_coef).float().mean().item(),
                 "explained_variance": explained_variance(values[:-1], returns),
                 "learning_rate": learning_rate,
             }

@@ -25,7 +25,7 @@ SECTIONS = ["Arguments", "Environment", "Network", "Replay memory|Rollout", "Equ
 MAY_DIFFER = {"Args", "make_env", "QNetwork", "ReplayMemory", "Batch", "train", "evaluate"}
 MAX_PLUMBING_LINES = 470
 MAX_ALGORITHM_LINES = defaultdict(
-    lambda: 400, dqn_vecenv=440, dqn_atari=600
+    lambda: 400, dqn_vecenv=440, ppo_cartpole=410, dqn_atari=600
 )  # without the docstring and what stands before it
 RUN_FILES = {"args.json", "progress.csv", "best.pt", "last.pt", "result.json"}
 RESULTS = {
