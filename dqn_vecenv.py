@@ -103,7 +103,7 @@ class Args:
     track_project: str = "dqn"  # project name for the tracker
 
     # environment
-    num_envs: int = 8  # environments that step side by side
+    num_envs: int = 16  # environments that step side by side
     vec_env: Literal["subproc", "dummy", "envpool"] = "subproc"  # a process each, in this process, or C++ threads
     time_limit: int | None = None  # steps per episode in place of the environment's own limit; -1 removes it
 
@@ -111,12 +111,12 @@ class Args:
     total_timesteps: int = 80_000  # transitions, summed over the environments
     target_return: float | None = None  # end the run once the last 100 training episodes have this mean return
     learning_starts: int = 1_000  # transitions before the first gradient step
-    train_frequency: int = 5  # transitions per gradient step
-    target_frequency: int = 5  # transitions per update of the target network
-    tau: float = 0.02  # how far that update moves the target network to the online one; 1 makes it a copy
+    train_frequency: int = 16  # transitions per gradient step
+    target_frequency: int = 16  # transitions per update of the target network
+    tau: float = 0.05  # how far that update moves the target network to the online one; 1 makes it a copy
     gamma: float = 0.99  # discount per step
     buffer_size: int = 100_000  # transitions in the replay memory
-    batch_size: int = 128  # transitions per gradient step
+    batch_size: int = 512  # transitions per gradient step
     hidden_size: int = 64  # units in each of the two hidden layers
 
     # exploration
@@ -126,7 +126,7 @@ class Args:
     epsilon_schedule: Literal["linear", "exponential"] = "linear"  # how epsilon goes from start to end
 
     # optimisation
-    learning_rate: float = 4e-3  # step size of Adam at the start
+    learning_rate: float = 1.6e-2  # step size of Adam at the start
     learning_rate_end: float = 0.0  # step size at the end; it falls linearly over total_timesteps
     optimizer_eps: float = 1e-4  # added to the root mean square that Adam divides by: see the docstring
     loss: Literal["mse", "huber"] = "mse"  # loss of the TD error: its square, or linear beyond 1
