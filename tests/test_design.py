@@ -24,7 +24,9 @@ SECTIONS = ["Arguments", "Environment", "Network", "Replay memory|Rollout", "Equ
 # What an algorithm is made of. Any other function or class that two scripts have is the same text in both.
 MAY_DIFFER = {"Args", "make_env", "QNetwork", "ReplayMemory", "Batch", "train", "evaluate"}
 MAX_PLUMBING_LINES = 340
-MAX_ALGORITHM_LINES = defaultdict(lambda: 400, dqn_atari=600)  # without the docstring and what stands before it
+MAX_ALGORITHM_LINES = defaultdict(
+    lambda: 400, dqn_atari=600, dqn_lstm_cartpole=500
+)  # without the docstring and what stands before it
 RUN_FILES = {"args.json", "progress.csv", "best.pt", "last.pt", "result.json"}
 RESULTS = {
     *("global_step", "gradient_steps", "seconds", "wall_seconds", "steps_per_second", "final_return_mean"),
