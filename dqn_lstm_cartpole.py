@@ -130,7 +130,7 @@ class Args:
     gamma: float = 0.99  # discount per step
     buffer_size: int = 200_000  # transitions in the replay memory
     batch_size: int = 128  # sequences per gradient step
-    sequence_length: int = 8  # steps of a sequence that carry loss
+    sequence_length: int = 8  # steps of a sequence that carry loss (fewer where the episode ends)
     burn_in: int = 4  # steps before them, without loss and gradient, that bring the state up to date
     initial_state: Literal["stored", "zero"] = "stored"  # what a sequence starts from: the state of that time, or zeros
     memory: Literal["lstm", "none"] = "lstm"  # none: feed-forward layers of the same width in place of the LSTM
@@ -146,7 +146,7 @@ class Args:
     # optimisation
     learning_rate: float = 4e-3  # step size of Adam at the start
     learning_rate_end: float = 0.0  # step size at the end; it falls linearly over total_timesteps
-    optimizer_eps: float = 1e-4  # added to the root mean square that Adam divides by: see the docstring
+    optimizer_eps: float = 1e-5  # added to the root mean square that Adam divides by
     loss: Literal["mse", "huber"] = "mse"  # loss of the TD error: its square, or linear beyond 1
     weight_decay: float = 0.0  # this times a weight is added to its gradient
     max_grad_norm: float = 0.0  # clips the global norm of the gradient; 0 does not
@@ -161,6 +161,7 @@ class Args:
         check_args(self)
         require(self, "batch_size", self.batch_size <= self.buffer_size, "give at most --buffer-size")
         require(self, "num_envs", self.num_envs <= self.buffer_size, "give at most --buffer-size")
+        require(self, "burn_in", self.burn_in <= self.sequence_length, "give at most --sequence-length")  # else: sample
         require(self, "learning_starts", self.learning_starts < self.total_timesteps, "give less than the total")
         require(self, "learning_starts", self.learning_starts >= self.num_envs, "give at least --num-envs")
         require(
@@ -224,9 +225,9 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
     env = gym.wrappers.RecordEpisodeStatistics(env)  # inside ShapedReward: of the true reward
     if args.shaped_reward and not evaluation:
         env = ShapedReward(env)
-    if args.hide == "velocity":  # x / 2.4 and angle / 0.209, 1 where the pole has fallen
-        positions = gym.spaces.Box(-2.0, 2.0, (2,), np.float32)
-        env = gym.wrappers.TransformObservation(env, lambda obs: obs[[0, 2]] / np.float32([2.4, 0.209]), positions)
+    if args.hide == "velocity":  # x / 0.1 and angle / 0.02: in these units the moves of one step are not all too small
+        positions = gym.spaces.Box(-50.0, 50.0, (2,), np.float32)
+        env = gym.wrappers.TransformObservation(env, lambda obs: obs[[0, 2]] / np.float32([0.1, 0.02]), positions)
     env = LastAction(env)
     if render_mode == "human":
         env = Window(env)
@@ -273,6 +274,8 @@ class QNetwork(nn.Module):
         self.state_shape = (2, args.num_layers, hidden)  # of one sequence
         if args.memory == "lstm":
             self.lstm = nn.LSTM(inputs, hidden, args.num_layers)
+            for layer in range(args.num_layers):  # forget gates that start open: at 0 they halve the memory every step
+                nn.init.constant_(getattr(self.lstm, f"bias_ih_l{layer}")[hidden : 2 * hidden], 2.0)
         else:  # it remembers nothing, and hands the state through
             sizes = [inputs] + [hidden] * (args.num_layers - 1)
             self.lstm = None
@@ -296,12 +299,12 @@ class QNetwork(nn.Module):
 
 
 class Batch(NamedTuple):
-    """B sequences of L = burn_in + sequence_length steps, time first, and the N of their steps that carry loss."""
+    """B sequences of burn_in + T + 1 observations, time first, and the N of their B * T steps that carry loss."""
 
-    obs: torch.Tensor  # (L + 1, B, obs_dim), the last one to bootstrap from
-    state: torch.Tensor  # (2, num_layers, B, hidden_size), before the first obs
-    at_start: torch.Tensor  # (B,) bool: the sequence begins with its episode
-    learn: torch.Tensor  # (L, B) bool: the N steps that carry loss
+    obs: torch.Tensor  # (burn_in + T + 1, B, obs_dim), the last one to bootstrap from
+    state: torch.Tensor  # (2, num_layers, B, hidden_size), before the first obs that counts
+    burned_in: torch.Tensor  # (B,) bool: else what counts begins after the burn-in
+    learn: torch.Tensor  # (T, B) bool: the N steps that carry loss, the others are padding
     actions: torch.Tensor  # (N,), in the order of q_values[learn]
     rewards: torch.Tensor  # (N,)
     terminated: torch.Tensor  # (N,), 1.0 or 0.0
@@ -334,32 +337,33 @@ class ReplayMemory:
             column[slots] = values
         self.added += self.num_envs
 
-    def sample(self, batch_size: int, sequence_length: int, burn_in: int, device: torch.device) -> Batch:
-        """Draw batch_size transitions uniformly, with replacement, and a sequence around each that holds it anywhere.
+    def sample(self, batch_size: int, length: int, burn_in: int, device: torch.device) -> Batch:
+        """Draw batch_size transitions uniformly, with replacement, and for each a sequence of `length` around it.
 
-        A sequence never leaves its episode. It begins at most burn_in steps before its first step with loss, and ends
-        where the episode ends, or with the newest transition; what stands after that is padding.
+        It starts 0 to length - 1 steps before, so that what is drawn stands anywhere in it, and reads burn_in steps
+        before that. Where fewer are to be had, it starts where they begin, with no burn-in: with the episode, whose
+        state is known to be zero there, or with what a full ring still holds.
         """
         columns, n = self.columns, self.num_envs
         drawn = torch.randint(min(self.added, self.capacity), (batch_size,)).numpy()
         newer = (self.added - 1 - drawn) % self.capacity // n  # transitions of the same environment
-        older = min(self.added, self.capacity) // n - 1 - newer
-        back = burn_in + torch.randint(sequence_length, (batch_size,)).numpy()
-        back = np.minimum(back, np.minimum(columns["steps"][drawn], older))  # not into the episode before
+        older = np.minimum(min(self.added, self.capacity) // n - 1 - newer, columns["steps"][drawn])  # same episode
+        back = torch.randint(length, (batch_size,)).numpy()
+        burned_in = back + burn_in <= older
+        back = np.where(burned_in, back, older)
 
-        step = np.arange(burn_in + sequence_length)[:, None]
-        slots = (drawn - n * back + n * step) % self.capacity  # (L, B)
-        steps = columns["steps"][slots]
-        inside = (steps == steps[0] + step) & (step <= back + newer)  # not into the next episode, nor past the newest
-        at_start = steps[0] == 0  # no burn-in needed: the state is known
-        learn = inside & (at_start | (step >= np.minimum(back, burn_in)))
+        step = np.arange(-burn_in, length)[:, None]  # 0: the first that may carry loss
+        slots = (drawn + n * (step - back)) % self.capacity  # (burn_in + T, B)
+        first = np.where(burned_in, slots[0], slots[burn_in])
+        steps = columns["steps"][slots[burn_in:]]
+        learn = (steps == steps[0] + step[burn_in:]) & (step[burn_in:] <= back + newer)  # same episode, not yet stale
 
         batch = Batch(
-            obs=np.concatenate([columns["obs"][slots[:1]], columns["next_obs"][slots]]),
-            state=columns["states"][slots[0]].transpose(1, 2, 0, 3).copy(),  # (B, 2, ...) -> (2, num_layers, B, ...)
-            at_start=at_start,
+            obs=np.concatenate([columns["obs"][slots[: burn_in + 1]], columns["next_obs"][slots[burn_in:]]]),
+            state=columns["states"][first].transpose(1, 2, 0, 3).copy(),  # (B, 2, ...) -> (2, num_layers, B, ...)
+            burned_in=burned_in,
             learn=learn,
-            **{name: columns[name][slots[learn]] for name in ("actions", "rewards", "terminated")},
+            **{name: columns[name][slots[burn_in:][learn]] for name in ("actions", "rewards", "terminated")},
         )
         return Batch(*(torch.from_numpy(column).to(device) for column in batch))
 
@@ -381,15 +385,13 @@ class ReplayMemory:
 
 
 def unroll(network: nn.Module, batch: Batch, burn_in: int) -> torch.Tensor:
-    """Return Q(s_0, .) to Q(s_L, .) of every sequence, (L + 1, B, A), from the sequence's first state on.
-
-    No gradient goes back into the burn-in: the state after it is a constant, unless there was none to do.
-    """
-    if burn_in == 0:
-        return network(batch.obs, batch.state)[0]
-    first, state = network(batch.obs[:burn_in], batch.state)
-    state = torch.where(batch.at_start[:, None], state, state.detach())
-    return torch.cat([first, network(batch.obs[burn_in:], state)[0]])
+    """Return the Q-values of every sequence after its burn-in, (T + 1, B, A); no gradient goes into the burn-in."""
+    state = batch.state
+    if burn_in > 0:
+        with torch.no_grad():
+            _, after = network(batch.obs[:burn_in], state)
+        state = torch.where(batch.burned_in[:, None], after, state)
+    return network(batch.obs[burn_in:], state)[0]
 
 
 def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, gamma: float, loss: str):

@@ -59,11 +59,11 @@ def rows_of(memory):
 def test_velocities_are_hidden_and_the_last_action_is_shown():
     hidden, plain = (lstm.make_env(lstm.Args(hide=hide)) for hide in ("velocity", "none"))
     (seen, _), (full, _) = hidden.reset(seed=3), plain.reset(seed=3)
-    assert seen.tolist() == pytest.approx([full[0] / 2.4, full[2] / 0.209, 0, 0])
+    assert seen.tolist() == pytest.approx([full[0] / 0.1, full[2] / 0.02, 0, 0])
     assert full.tolist()[4:] == [0, 0]
     for action in (1, 0, 1):
         seen, full = hidden.step(action)[0], plain.step(action)[0]
-        assert seen.tolist() == pytest.approx([full[0] / 2.4, full[2] / 0.209, 1 - action, action])
+        assert seen.tolist() == pytest.approx([full[0] / 0.1, full[2] / 0.02, 1 - action, action])
         assert full.tolist()[4:] == [1 - action, action]
         assert seen.dtype == full.dtype == np.float32
         assert hidden.observation_space.contains(seen) and plain.observation_space.contains(full)
@@ -167,46 +167,42 @@ def random_memory(num_envs=3, capacity=60, transitions=150, end_rate=0.2, obs_di
     return memory, ends
 
 
-SHAPES = [(1, 0), (4, 0), (1, 2), (3, 2), (8, 4), (30, 10)]  # sequence_length, burn_in
+SHAPES = [(1, 0), (4, 0), (1, 1), (3, 2), (8, 4), (10, 5)]  # length, burn_in
 
 
-@pytest.mark.parametrize("sequence_length, burn_in", SHAPES)
+@pytest.mark.parametrize("length, burn_in", SHAPES)
 @pytest.mark.parametrize("capacity, transitions", [(60, 3), (60, 45), (60, 150), (10, 150), (3, 30)])
 @pytest.mark.parametrize("end_rate", [0.0, 0.15, 1.0])
-def test_a_sequence_is_a_stretch_of_one_episode(sequence_length, burn_in, capacity, transitions, end_rate):
+def test_a_sequence_is_a_stretch_of_one_episode(length, burn_in, capacity, transitions, end_rate):
     memory, ends = random_memory(capacity=capacity, transitions=transitions, end_rate=end_rate)
     held = {tuple(row["obs"]) for rows in rows_of(memory).values() for row in rows}
     torch.manual_seed(0)
-    batch = memory.sample(400, sequence_length, burn_in, CPU)
-    length = sequence_length + burn_in
-    assert batch.obs.shape == (length + 1, 400, 3) and batch.state.shape == (2, 1, 400, 4)
-    assert batch.learn.shape == (length, 400) and batch.at_start.shape == (400,)
-    learned, targets = set(), iter(zip(batch.actions, batch.rewards, batch.terminated, strict=True))
+    batch = memory.sample(400, length, burn_in, CPU)
+    assert batch.obs.shape == (burn_in + length + 1, 400, 3) and batch.state.shape == (2, 1, 400, 4)
+    assert batch.learn.shape == (length, 400) and batch.burned_in.shape == (400,)
+    targets = iter(zip(batch.actions, batch.rewards, batch.terminated, strict=True))
     by_step = [[next(targets) if learn else None for learn in row] for row in batch.learn.tolist()]
     assert next(targets, None) is None
+    learned = set()
     for i in range(400):
-        env, episode, first = batch.obs[0, i].tolist()
+        begin = 0 if batch.burned_in[i] else burn_in
+        env, episode, first = batch.obs[begin, i].tolist()
         assert (batch.state[:, :, i] == first).all()
-        assert batch.at_start[i] == (first == 0)
-        carrying = np.flatnonzero(batch.learn[:, i])
-        assert len(carrying) > 0 and carrying.tolist() == list(range(carrying[0], carrying[-1] + 1))
-        for k in range(carrying[-1] + 1):  # the burn-in and what carries loss
-            assert batch.obs[k, i].tolist() == [env, episode, first + k]
-            assert (env, episode, first + k) in held
-            if batch.learn[k, i]:
-                action, reward, terminated = by_step[k][i]
-                assert (action, reward) == ((first + k) % 2, (first + k) / 4)
-                assert terminated == (ends.get((env, episode)) == (first + k + 1, True))
-                learned.add((env, episode, first + k))
-        assert batch.obs[carrying[-1] + 1, i].tolist() == [env, episode, first + carrying[-1] + 1]
-        if first == 0:
-            assert carrying[0] == 0
-        elif (env, episode, first - 1) in held:  # else the ring has forgotten what was before
-            assert carrying[0] == burn_in
+        # Less than the whole burn-in only where the episode begins, or the ring has forgotten what was before.
+        assert batch.burned_in[i] or first == 0 or (env, episode, first - 1) not in held
+        carrying = int(batch.learn[:, i].sum())
+        assert carrying > 0 and batch.learn[:carrying, i].all()
+        end = burn_in + carrying
+        assert batch.obs[begin : end + 1, i].tolist() == [[env, episode, first + k] for k in range(end + 1 - begin)]
+        for k in range(carrying):
+            step = first + burn_in - begin + k
+            action, reward, terminated = by_step[k][i]
+            assert (action, reward) == (step % 2, step / 4)
+            assert terminated == (ends.get((env, episode)) == (step + 1, True))
+            learned.add((env, episode, step))
         # It ends only where the window, the episode or the memory ends.
-        assert carrying[-1] == length - 1 or (env, episode, first + carrying[-1] + 1) not in held
-    if len(held) <= 60:
-        assert learned == held  # 400 draws miss one of 60 with a chance of 0.001, at this seed none
+        assert carrying == length or (env, episode, step + 1) not in held
+    assert learned == held  # 400 draws miss one of 60 with a chance of 0.001 each, at this seed none
 
 
 def test_a_sequence_is_no_copy_of_the_memory():
@@ -228,10 +224,10 @@ def test_a_restored_memory_does_not_join_the_episodes_before_and_after(tmp_path)
         steps = np.full(3, step)
         restored.add(obs, steps, steps, obs + NEXT, np.zeros(3), steps, np.zeros((3, 2, 1, 4)))
     batch = restored.sample(500, 6, 3, CPU)
-    episodes = batch.obs[:-1, :, 1]
-    assert {0, 9} == set(episodes.flatten().tolist())
-    assert (episodes == episodes[0])[batch.learn].all()
-    assert (batch.obs[1:, :, 1] == episodes[0])[batch.learn].all()
+    episodes, burned_in = batch.obs[..., 1], batch.burned_in
+    assert {0, 9} == set(episodes[3].tolist())
+    assert (episodes[3:-1] == episodes[3])[batch.learn].all() and (episodes[4:] == episodes[3])[batch.learn].all()
+    assert (episodes[:3, burned_in] == episodes[3, burned_in]).all() and burned_in.any() and not burned_in.all()
 
 
 # --- The unrolled network ---
@@ -242,26 +238,28 @@ def network(request):
     return make_network(lstm.Args(hide="none", memory=request.param, num_layers=2, hidden_size=16))
 
 
-def random_batch(network, length, at_start, learn=None, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    obs = torch.randn(length + 1, len(at_start), 6, generator=generator)
-    state = torch.randn(2, 2, len(at_start), 16, generator=generator) * 0.5
-    learn = torch.ones(length, len(at_start), dtype=torch.bool) if learn is None else learn
+def random_batch(network, burn_in, burned_in, learn):
+    """A batch of random observations, states and actions; learn (T, B)."""
+    generator = torch.Generator().manual_seed(0)
+    obs = torch.randn(burn_in + len(learn) + 1, len(burned_in), 6, generator=generator)
+    state = torch.randn(2, 2, len(burned_in), 16, generator=generator) * 0.5
     count = int(learn.sum())
     actions = torch.randint(2, (count,), generator=generator)
-    return lstm.Batch(obs, state, torch.tensor(at_start), learn, actions, torch.ones(count), torch.zeros(count))
+    return lstm.Batch(obs, state, torch.tensor(burned_in), learn, actions, torch.ones(count), torch.zeros(count))
 
 
 @pytest.mark.parametrize("burn_in", [0, 3])
 def test_unrolling_a_sequence_equals_stepping_through_it(network, burn_in):
-    batch = random_batch(network, length=9, at_start=[True, False, False, True])
+    batch = random_batch(network, burn_in, [True, False, False, True], torch.ones(6, 4, dtype=torch.bool))
     with torch.no_grad():
-        unrolled, state, stepped = lstm.unroll(network, batch, burn_in), batch.state, []
-        for obs in batch.obs:
-            q_values, state = network(obs.unsqueeze(0), state)
-            stepped.append(q_values)
-    assert unrolled.shape == (10, 4, 2)
-    torch.testing.assert_close(unrolled, torch.cat(stepped), rtol=0, atol=1e-6)
+        unrolled = lstm.unroll(network, batch, burn_in)
+        assert unrolled.shape == (7, 4, 2)
+        for i, burned_in in enumerate(batch.burned_in):
+            state, stepped = batch.state[:, :, i : i + 1].contiguous(), []
+            for obs in batch.obs[0 if burned_in else burn_in :, i]:
+                q_values, state = network(obs.reshape(1, 1, 6), state)
+                stepped.append(q_values[0, 0])
+            torch.testing.assert_close(unrolled[:, i], torch.stack(stepped[-7:]), rtol=0, atol=1e-6)
 
 
 def test_only_the_lstm_remembers():
@@ -291,44 +289,45 @@ def loss_of(network, batch, burn_in):
 
 def test_no_gradient_from_burn_in_and_padding():
     network = make_network(lstm.Args(hide="none", num_layers=2, hidden_size=16))
-    # Sequences: begins with its episode; begins within it; the same, and ends 3 steps before the window.
-    length, burn_in = 8, 3
-    step = torch.arange(length).unsqueeze(1)
-    learn = torch.cat([step >= 0, step >= burn_in, (step >= burn_in) & (step < 5)], dim=1)
-    batch = random_batch(network, length, [True, False, False], learn)
+    # Sequences: begins with its episode; begins within it; the same, and ends 2 steps before the window.
+    learn = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 0]], dtype=torch.bool)
+    batch = random_batch(network, 3, [False, True, True], learn)
     batch.obs.requires_grad_()
-    loss_of(network, batch, burn_in).backward()
-    moved = (batch.obs.grad != 0).any(dim=2)  # (L + 1, B)
-    expected = torch.cat([learn, torch.zeros(1, 3, dtype=torch.bool)])  # the last observation is for the target only
-    assert torch.equal(moved, expected)
+    batch.state.requires_grad_()
+    loss_of(network, batch, 3).backward()
+    moved = (batch.obs.grad != 0).any(dim=2)  # (burn_in + T + 1, B)
+    nothing = torch.zeros(1, 3, dtype=torch.bool)
+    assert torch.equal(moved, torch.cat([nothing, nothing, nothing, learn, nothing]))  # the last: for the target only
 
 
-def test_no_loss_from_burn_in_and_padding():
+@pytest.mark.parametrize("burned_in", [True, False])
+def test_no_loss_from_burn_in_and_padding(burned_in):
     network = make_network(lstm.Args(hide="none", num_layers=2, hidden_size=16))
-    learn = (torch.arange(8) >= 3) & (torch.arange(8) < 6)
-    batch = random_batch(network, 8, [False], learn.unsqueeze(1))
+    batch = random_batch(network, 3, [burned_in], torch.tensor([[1], [1], [1], [0], [0]], dtype=torch.bool))
     loss = loss_of(network, batch, 3)
-    for position, matters in enumerate([1, 1, 1, 1, 1, 1, 1, 0, 0]):  # position 6 bootstraps
+    matters = [burned_in] * 3 + [True] * 4 + [False] * 2  # three steps with loss, and the one to bootstrap from
+    for position in range(9):
         obs = batch.obs.clone()
         obs[position] += 10.0
-        assert (loss_of(network, batch._replace(obs=obs), 3) != loss) == matters
+        assert (loss_of(network, batch._replace(obs=obs), 3) != loss) == matters[position]
     # The burn-in matters through the state alone: the loss is that of what follows, from the state after it.
     with torch.no_grad():
-        state = network(batch.obs[:3], batch.state)[1]
-    after = batch._replace(obs=batch.obs[3:], state=state, learn=batch.learn[3:])
-    torch.testing.assert_close(loss_of(network, after, 0), loss)
+        state = network(batch.obs[:3], batch.state)[1] if burned_in else batch.state
+    torch.testing.assert_close(loss_of(network, batch._replace(obs=batch.obs[3:], state=state), 0), loss)
 
 
 @pytest.mark.parametrize("initial_state", ["stored", "zero"])
 def test_a_sequence_starts_from_the_state_of_that_time_or_from_zero(initial_state, tmp_path, monkeypatch):
     batches, unroll = [], lstm.unroll
     monkeypatch.setattr(lstm, "unroll", lambda net, batch, n: batches.append((net, batch)) or unroll(net, batch, n))
-    lstm.train(options(tmp_path, initial_state=initial_state, learning_starts=150, env_id="toy_envs:Truncated-v0"))
+    flags = {"env_id": "toy_envs:Truncated-v0", "learning_starts": 150, "sequence_length": 2, "burn_in": 1}
+    lstm.train(options(tmp_path, initial_state=initial_state, **flags))
     assert len({id(network) for network, _ in batches}) == 2 and len(batches) == 2 * ((201 - 150) // 4)
     for _, batch in batches:
         begun = batch.state.abs().sum(dim=(0, 1, 3)) > 0  # (B,)
-        assert not begun[batch.at_start].any()
-        assert begun[~batch.at_start].all() if initial_state == "stored" else not begun.any()
+        first = torch.where(batch.burned_in.unsqueeze(1), batch.obs[0], batch.obs[1])[:, 2]  # its step
+        assert torch.equal(begun, (first > 0) if initial_state == "stored" else torch.zeros(16, dtype=torch.bool))
+        assert (first == 0).any() and (first > 0).any()
     for (_, online), (_, target) in zip(batches[1::2], batches[::2], strict=True):
         assert online is target  # the same sequence
 
