@@ -35,24 +35,24 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %
     MEASURE
 
 What is fed to which network. An episode of 5 steps is in the memory: observations o0 to o5, actions a0 to a4, and the
-pole falls at o5. A gradient step (--burn-in 2 --sequence-length 3) drew step 3, and a sequence that begins at o1:
+pole falls at o5. With --burn-in 2 --sequence-length 3, a gradient step may read the sequence that starts at step 3:
 
-    position                  0       1       2       3       4       5
-    observation               o1      o2      o3      o4      o5      -
-    what it is for            burn-in burn-in loss    loss    padding padding
-    online network            Q(o1)   Q(o2)   Q(o3)   Q(o4)   Q(o5)               read from the stored state of o1 on
-    target network            Q'(o1)  Q'(o2)  Q'(o3)  Q'(o4)  Q'(o5)  Q'(-)       read from the same state on
-    the target of Q(., a)                     r3 + gamma max Q'(o4)
-                                                      r4                          terminated: no bootstrap
+    position              0        1        2                      3        4        5
+    observation           o1       o2       o3                     o4       o5       -
+    what it is for        burn-in  burn-in  loss                   loss     padding  padding
+    online network        read     read     Q(o3)                  Q(o4)    read     read     from the state before o1
+    target network        read     read     Q'(o3)                 Q'(o4)   Q'(o5)   read     from the same state
+    TD target                               r3 + gamma max Q'(o4)  r4                         terminated: no bootstrap
 
 1. Both networks read the sequence in order, each with its own weights. An observation is what the agent saw and the
    action that led there, so o1 holds a0.
-2. The first observation needs a state. It was stored when the agent was there; zeros with --initial-state zero. Either
-   is not what today's weights would remember: the burn-in, read without loss and without gradient, mends that.
-3. A step with loss compares Q(o3, a3) with the target network's value one position further on in the same reading, so
-   that its history is the same. The target network does not read o4 alone: it would remember nothing of o3.
+2. The state before o1 was stored when the agent was there; with --initial-state zero it is zeros. Neither is what the
+   present weights would remember: the burn-in mends that. It carries no loss, and no gradient goes into it.
+3. A step with loss compares Q(o3, a3) with the target network's value one position later in the same reading, so that
+   its history is the same. Were o4 fed to the target network alone, it would remember nothing of o3.
 4. The sequence ends with its episode. What stands after that is read, and counts nowhere.
-5. A sequence that begins at o0 starts from zeros, which is true: it needs no burn-in, and all of its steps carry loss.
+5. Where fewer than 2 steps of the episode precede, the sequence starts with the episode: o0 stands at position 2, the
+   state before it is zeros, which is true, and what the burn-in reads is thrown away.
 
 Differences from the papers: a vector instead of pixels, sequences of a dozen steps instead of 80, one learner with
 environments side by side instead of 256 actors. No prioritised replay, double or dueling networks, n-step returns or
