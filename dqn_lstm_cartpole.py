@@ -24,7 +24,7 @@ and Stone, "Deep Recurrent Q-Learning for Partially Observable MDPs", AAAI Fall 
     python dqn_lstm_cartpole.py --memory none                    # the control: the same without a memory
     python dqn_lstm_cartpole.py --hide none                      # the ordinary CartPole-v1
     python dqn_lstm_cartpole.py --env-id Acrobot-v1 --hide none  # another environment
-    python dqn_lstm_cartpole.py --resume runs/NAME --total-timesteps 300000
+    python dqn_lstm_cartpole.py --resume runs/NAME --total-timesteps 400000
     python dqn_lstm_cartpole.py --play runs/NAME/best.pt --render
 
 Watch it with `tensorboard --logdir runs`.
@@ -121,7 +121,7 @@ class Args:
     shaped_reward: bool = False  # CartPole: learn from 1 - |x| - |angle|/0.209, not 1; returns stay the true ones
 
     # algorithm
-    total_timesteps: int = 150_000  # transitions, summed over the environments
+    total_timesteps: int = 200_000  # transitions, summed over the environments
     target_return: float | None = None  # end the run once the last 100 training episodes have this mean return
     learning_starts: int = 1_000  # transitions before the first gradient step
     train_frequency: int = 10  # transitions per gradient step
@@ -152,7 +152,7 @@ class Args:
     max_grad_norm: float = 0.0  # clips the global norm of the gradient; 0 does not
 
     # evaluation
-    eval_every: int = 4_000  # transitions between evaluations
+    eval_every: int = 5_000  # transitions between evaluations
     eval_episodes: int = 20  # greedy episodes per evaluation
     final_eval_episodes: int = 100  # greedy episodes at the end, on seeds that were not used to choose the best network
 
