@@ -128,7 +128,7 @@ class Args:
     target_frequency: int = 10  # transitions per update of the target network
     tau: float = 0.02  # how far that update moves the target network to the online one; 1 makes it a copy
     gamma: float = 0.99  # discount per step
-    buffer_size: int = 200_000  # transitions in the replay memory
+    buffer_size: int = 50_000  # transitions in the replay memory; older ones hold states of a network long gone
     batch_size: int = 128  # sequences per gradient step
     sequence_length: int = 8  # steps of a sequence that carry loss (fewer where the episode ends)
     burn_in: int = 4  # steps before them, without loss and gradient, that bring the state up to date
@@ -149,7 +149,7 @@ class Args:
     optimizer_eps: float = 1e-5  # added to the root mean square that Adam divides by
     loss: Literal["mse", "huber"] = "mse"  # loss of the TD error: its square, or linear beyond 1
     weight_decay: float = 0.0  # this times a weight is added to its gradient
-    max_grad_norm: float = 0.0  # clips the global norm of the gradient; 0 does not
+    max_grad_norm: float = 10.0  # clips the global norm of the gradient; 0 does not
 
     # evaluation
     eval_every: int = 5_000  # transitions between evaluations
@@ -161,7 +161,8 @@ class Args:
         check_args(self)
         require(self, "batch_size", self.batch_size <= self.buffer_size, "give at most --buffer-size")
         require(self, "num_envs", self.num_envs <= self.buffer_size, "give at most --buffer-size")
-        require(self, "burn_in", self.burn_in <= self.sequence_length, "give at most --sequence-length")  # else: sample
+        # Only a sequence without burn-in reaches the first burn_in steps of an episode: see ReplayMemory.sample.
+        require(self, "burn_in", self.burn_in <= self.sequence_length, "give at most --sequence-length")
         require(self, "learning_starts", self.learning_starts < self.total_timesteps, "give less than the total")
         require(self, "learning_starts", self.learning_starts >= self.num_envs, "give at least --num-envs")
         require(

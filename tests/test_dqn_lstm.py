@@ -92,6 +92,11 @@ def test_a_shaped_reward_changes_what_is_learned_from_and_no_return():
     assert info["episode"] == {"r": steps, "l": steps, "t": info["episode"]["t"]}
 
 
+def test_a_burn_in_that_would_leave_steps_without_loss_is_refused():
+    with pytest.raises(ValueError, match="--burn-in 9"):
+        lstm.Args(burn_in=9, sequence_length=8)
+
+
 # --- What is stored ---
 
 
