@@ -61,6 +61,32 @@ class Constant(gym.Env):
         return np.ones(1, np.float32), 1.0, False, False, {}
 
 
+class Cue(gym.Env):
+    """Shows -1 or 1 at the first step and asks for it DELAY steps later; the observation is [cue, whether it asks].
+
+    Actions are wait, -1 and 1. The right answer earns 1, anything else 0, and an answer before the question ends the
+    episode, so that nobody can carry the cue in what he does. Without a memory the best is 0.5 on average.
+    """
+
+    DELAY = 3
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gym.spaces.Discrete(3)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps, self.cue = 0, 2 * int(self.np_random.integers(2)) - 1
+        return np.array([self.cue, 0], np.float32), {}
+
+    def step(self, action):
+        asked, answer = self.steps == self.DELAY, (0, -1, 1)[action]
+        self.steps += 1
+        obs = np.array([0, self.steps == self.DELAY], np.float32)
+        return obs, float(asked and answer == self.cue), asked or answer != 0, False, {}
+
+
 class Image(Constant):
     observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
 
@@ -130,6 +156,7 @@ COUNTING = {
 for name, options in COUNTING.items():
     gym.register(name, entry_point=Counting, disable_env_checker=True, **options)
 gym.register("Constant-v0", entry_point=Constant, disable_env_checker=True, max_episode_steps=5)
+gym.register("Cue-v0", entry_point=Cue, disable_env_checker=True)
 gym.register("Crashing-v0", entry_point=Crashing, disable_env_checker=True, max_episode_steps=5)
 gym.register("Raising-v0", entry_point=Raising, disable_env_checker=True, max_episode_steps=5)
 gym.register("NotANumber-v0", entry_point=NotANumber, disable_env_checker=True, max_episode_steps=5)

@@ -1,0 +1,517 @@
+"""Recurrent DQN: sequences, hidden states, what carries loss, and that its memory remembers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import toy_envs
+
+import dqn_lstm_cartpole as lstm
+
+CPU = torch.device("cpu")
+NEXT = np.array([0, 0, 1], np.float32)  # an observation of random_memory is [environment, episode, step]
+COLUMNS = ("obs", "actions", "rewards", "next_obs", "terminated", "steps", "states")
+
+
+def options(tmp_path, **changes):
+    """Flags of a short run on a toy environment that learns nothing until its last steps."""
+    flags = {"env_id": "toy_envs:Mixed-v0", "hide": "none", "run_dir": str(tmp_path / "run"), "num_envs": 3}
+    flags |= {"total_timesteps": 200, "learning_starts": 190, "train_frequency": 4, "target_frequency": 10}
+    flags |= {"batch_size": 16, "buffer_size": 1_000, "hidden_size": 8, "sequence_length": 3, "burn_in": 2}
+    flags |= {"eval_every": 10**9, "final_eval_episodes": 1, "checkpoint_every": 10**9}
+    return lstm.Args(**{**flags, **changes})
+
+
+def make_network(args, seed=0):
+    torch.manual_seed(seed)
+    env = lstm.make_env(args)
+    return lstm.QNetwork(env.observation_space, env.action_space, args)
+
+
+@pytest.fixture
+def memories(monkeypatch):
+    """The replay memories that `train` makes."""
+    made = []
+
+    class Kept(lstm.ReplayMemory):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(lstm, "ReplayMemory", Kept)
+    return made
+
+
+def rows_of(memory):
+    """Return the transitions of each environment, oldest first: {environment: [{column: value}, ...]}."""
+    slots = np.arange(max(0, memory.added - memory.capacity), memory.added) % memory.capacity
+    columns = {name: memory.columns[name][slots] for name in COLUMNS}
+    rows = [{name: column[i] for name, column in columns.items()} for i in range(len(slots))]
+    return {env: rows[env :: memory.num_envs] for env in range(memory.num_envs)}
+
+
+# --- What the agent sees ---
+
+
+def test_velocities_are_hidden_and_the_last_action_is_shown():
+    hidden, plain = (lstm.make_env(lstm.Args(hide=hide)) for hide in ("velocity", "none"))
+    (seen, _), (full, _) = hidden.reset(seed=3), plain.reset(seed=3)
+    assert seen.tolist() == pytest.approx([full[0] / 0.1, full[2] / 0.02, 0, 0])
+    assert full.tolist()[4:] == [0, 0]
+    for action in (1, 0, 1):
+        seen, full = hidden.step(action)[0], plain.step(action)[0]
+        assert seen.tolist() == pytest.approx([full[0] / 0.1, full[2] / 0.02, 1 - action, action])
+        assert full.tolist()[4:] == [1 - action, action]
+        assert seen.dtype == full.dtype == np.float32
+        assert hidden.observation_space.contains(seen) and plain.observation_space.contains(full)
+    assert hidden.reset()[0].tolist()[2:] == [0, 0]
+
+
+@pytest.mark.parametrize("flags", [{}, {"hide": "none", "shaped_reward": True}])
+def test_what_is_known_of_cartpole_only_is_refused_elsewhere(flags):
+    with pytest.raises(ValueError, match="--hide none"):
+        lstm.Args(env_id="Acrobot-v1", **flags)
+    lstm.Args(env_id="Acrobot-v1", hide="none")
+
+
+def test_a_shaped_reward_changes_what_is_learned_from_and_no_return():
+    args = lstm.Args(shaped_reward=True)
+    plain, shaped, evaluation = gym.make("CartPole-v1"), lstm.make_env(args), lstm.make_env(args, evaluation=True)
+    for env in (plain, shaped, evaluation):
+        env.reset(seed=0)
+    steps, ended = 0, False
+    while not ended:
+        obs, _, ended, _, _ = plain.step(1)
+        _, reward, *_, info = shaped.step(1)
+        assert reward == pytest.approx(1 - abs(obs[0]) - abs(obs[2]) / 0.209)
+        assert evaluation.step(1)[1] == 1
+        steps += 1
+    assert info["episode"] == {"r": steps, "l": steps, "t": info["episode"]["t"]}
+
+
+def test_a_burn_in_that_would_leave_steps_without_loss_is_refused():
+    with pytest.raises(ValueError, match="--burn-in 9"):
+        lstm.Args(burn_in=9, sequence_length=8)
+
+
+# --- What is stored ---
+
+
+def what_happened(env_id, number, actions):
+    """Replay an environment by the rules in its docstring, without its code."""
+    limit = toy_envs.COUNTING[env_id].get("max_episode_steps", np.inf)
+    lengths = toy_envs.COUNTING[env_id].get("kwargs", {}).get("lengths", [np.inf])
+    one_hot = {-1: [0] * 5, **{action: np.eye(5)[action].tolist() for action in range(5)}}
+    episode, step, last = 0, 0, -1
+    for action in actions:
+        length = lengths[(number + episode) % len(lengths)]
+        obs, next_obs = [number, episode, step, last, *one_hot[last]], [number, episode, step + 1, action]
+        yield obs, step + action / 2, next_obs + one_hot[action], float(step + 1 == length), step
+        step, last = step + 1, action
+        if step >= min(length, limit):
+            episode, step, last = episode + 1, 0, -1
+
+
+@pytest.mark.parametrize("env_id", toy_envs.COUNTING)
+def test_memory_holds_exactly_what_happened(env_id, tmp_path, memories):
+    lstm.train(options(tmp_path, env_id=f"toy_envs:{env_id}"))
+    for rows in rows_of(memories[0]).values():
+        assert len(rows) == 67
+        expected = what_happened(env_id, int(rows[0]["obs"][0]), [row["actions"] for row in rows])
+        for row, (obs, reward, next_obs, terminated, step) in zip(rows, expected, strict=True):
+            assert (row["obs"].tolist(), row["next_obs"].tolist()) == (obs, next_obs)
+            assert (row["rewards"], row["terminated"], row["steps"]) == (reward, terminated, step)
+
+
+@pytest.mark.parametrize("epsilon, vec_env", [(0.0, "dummy"), (1.0, "dummy"), (1.0, "subproc")])
+def test_states_begin_at_zero_and_move_with_every_observation(epsilon, vec_env, tmp_path, memories):
+    # Episodes of Mixed-v0 terminate, or are truncated, or both. The network stays as it is until transition 199.
+    flags = {"epsilon_start": epsilon, "epsilon_end": epsilon, "num_layers": 2, "learning_starts": 199}
+    args = options(tmp_path, vec_env=vec_env, train_frequency=1, num_envs=2, **flags)
+    lstm.train(args)
+    torch.manual_seed(args.seed)
+    env = lstm.make_env(args)
+    network = lstm.QNetwork(env.observation_space, env.action_space, args)  # as train made it
+    for rows in rows_of(memories[0]).values():
+        lengths, previous = set(), 0
+        for row in rows:
+            if row["steps"] == 0:
+                lengths.add(previous)
+                state = network.initial_state(1)
+            previous = row["steps"] + 1
+            torch.testing.assert_close(torch.from_numpy(row["states"]), state[:, :, 0], rtol=0, atol=1e-6)
+            with torch.no_grad():
+                q_values, state = network(torch.from_numpy(row["obs"]).reshape(1, 1, -1), state)
+            if epsilon == 0:
+                assert row["actions"] == q_values.argmax()
+            assert state.abs().sum() > 0
+        assert lengths >= {3, 4}  # some terminated, some were truncated
+
+
+# --- Sequences ---
+
+
+def random_memory(num_envs=3, capacity=60, transitions=150, end_rate=0.2, obs_dim=3, state_shape=(2, 1, 4), seed=0):
+    """Episodes of random length; an observation is [environment, episode, step], a state and a reward tell the same."""
+    rng = np.random.default_rng(seed)
+    memory = lstm.ReplayMemory(capacity, num_envs, obs_dim, state_shape)
+    episodes, steps = np.zeros(num_envs, int), np.zeros(num_envs, int)
+    ends = {}  # (environment, episode): its number of steps, where it ended
+    for _ in range(transitions // num_envs):
+        obs = np.stack([np.arange(num_envs), episodes, steps], axis=1).astype(np.float32)
+        ended = rng.random(num_envs) < end_rate
+        terminated = ended & (rng.random(num_envs) < 0.5)
+        states = np.broadcast_to(steps[:, None, None, None], (num_envs, *state_shape))
+        memory.add(obs, steps % 2, steps / 4, obs + NEXT, terminated, steps, states)
+        for env in np.flatnonzero(ended):
+            ends[env, episodes[env]] = steps[env] + 1, terminated[env]
+        episodes, steps = episodes + ended, np.where(ended, 0, steps + 1)
+    return memory, ends
+
+
+SHAPES = [(1, 0), (4, 0), (1, 1), (3, 2), (8, 4), (10, 5)]  # length, burn_in
+
+
+@pytest.mark.parametrize("length, burn_in", SHAPES)
+@pytest.mark.parametrize("capacity, transitions", [(60, 3), (60, 45), (60, 150), (10, 150), (3, 30)])
+@pytest.mark.parametrize("end_rate", [0.0, 0.15, 1.0])
+def test_a_sequence_is_a_stretch_of_one_episode(length, burn_in, capacity, transitions, end_rate):
+    memory, ends = random_memory(capacity=capacity, transitions=transitions, end_rate=end_rate)
+    held = {tuple(row["obs"]) for rows in rows_of(memory).values() for row in rows}
+    torch.manual_seed(0)
+    batch = memory.sample(400, length, burn_in, CPU)
+    assert batch.obs.shape == (burn_in + length + 1, 400, 3) and batch.state.shape == (2, 1, 400, 4)
+    assert batch.learn.shape == (length, 400) and batch.burned_in.shape == (400,)
+    assert batch.actions.shape == batch.rewards.shape == batch.terminated.shape == batch.learn.shape
+    learned = set()
+    for i in range(400):
+        begin = 0 if batch.burned_in[i] else burn_in
+        env, episode, first = batch.obs[begin, i].tolist()
+        assert (batch.state[:, :, i] == first).all()
+        # Less than the whole burn-in only where the episode begins, or the ring has forgotten what was before.
+        assert batch.burned_in[i] or first == 0 or (env, episode, first - 1) not in held
+        carrying = int(batch.learn[:, i].sum())
+        assert carrying > 0 and batch.learn[:carrying, i].all()
+        end = burn_in + carrying
+        assert batch.obs[begin : end + 1, i].tolist() == [[env, episode, first + k] for k in range(end + 1 - begin)]
+        for k in range(carrying):
+            step = first + burn_in - begin + k
+            assert (batch.actions[k, i], batch.rewards[k, i]) == (step % 2, step / 4)
+            assert batch.terminated[k, i] == (ends.get((env, episode)) == (step + 1, True))
+            learned.add((env, episode, step))
+        # It ends only where the window, the episode or the memory ends.
+        assert carrying == length or (env, episode, step + 1) not in held
+    assert learned == held  # 400 draws miss one of 60 with a chance of 0.001 each, at this seed none
+
+
+def test_a_sequence_is_no_copy_of_the_memory():
+    memory, _ = random_memory()
+    batch = memory.sample(50, 3, 2, CPU)
+    before = [column.clone() for column in batch]
+    for column in memory.columns.values():
+        column.fill(7)
+    assert all(torch.equal(a, b) for a, b in zip(batch, before, strict=True))
+
+
+def test_a_restored_memory_does_not_join_the_episodes_before_and_after(tmp_path):
+    memory, _ = random_memory(capacity=300, transitions=60, end_rate=0.0)
+    torch.save(memory.state_dict(), tmp_path / "memory.pt")
+    restored = lstm.ReplayMemory(300, 3, 3, (2, 1, 4))
+    restored.load_state_dict(torch.load(tmp_path / "memory.pt", weights_only=True))
+    for step in range(5):  # new episodes: number 9
+        obs = np.array([[env, 9, step] for env in range(3)], np.float32)
+        steps = np.full(3, step)
+        restored.add(obs, steps, steps, obs + NEXT, np.zeros(3), steps, np.zeros((3, 2, 1, 4)))
+    batch = restored.sample(500, 6, 3, CPU)
+    episodes, burned_in = batch.obs[..., 1], batch.burned_in
+    assert {0, 9} == set(episodes[3].tolist())
+    assert (episodes[3:-1] == episodes[3])[batch.learn].all() and (episodes[4:] == episodes[3])[batch.learn].all()
+    assert (episodes[:3, burned_in] == episodes[3, burned_in]).all() and burned_in.any() and not burned_in.all()
+
+
+# --- The unrolled network ---
+
+
+@pytest.fixture(params=["lstm", "none"])
+def network(request):
+    return make_network(lstm.Args(hide="none", memory=request.param, num_layers=2, hidden_size=16))
+
+
+def random_batch(network, burn_in, burned_in, learn):
+    """A batch of random observations, states and actions; learn (T, B)."""
+    generator = torch.Generator().manual_seed(0)
+    obs = torch.randn(burn_in + len(learn) + 1, len(burned_in), 6, generator=generator)
+    state = torch.randn(2, 2, len(burned_in), 16, generator=generator) * 0.5
+    actions, ones = torch.randint(2, learn.shape, generator=generator), torch.ones(learn.shape)
+    return lstm.Batch(obs, state, torch.tensor(burned_in), learn, actions, ones, 0.0 * ones)
+
+
+@pytest.mark.parametrize("burn_in", [0, 3])
+def test_unrolling_a_sequence_equals_stepping_through_it(network, burn_in):
+    batch = random_batch(network, burn_in, [True, False, False, True], torch.ones(6, 4, dtype=torch.bool))
+    with torch.no_grad():
+        unrolled = lstm.unroll(network, batch, burn_in)
+        assert unrolled.shape == (7, 4, 2)
+        for i, burned_in in enumerate(batch.burned_in):
+            state, stepped = batch.state[:, :, i : i + 1].contiguous(), []
+            for obs in batch.obs[0 if burned_in else burn_in :, i]:
+                q_values, state = network(obs.reshape(1, 1, 6), state)
+                stepped.append(q_values[0, 0])
+            torch.testing.assert_close(unrolled[:, i], torch.stack(stepped[-7:]), rtol=0, atol=1e-6)
+
+
+def test_only_the_lstm_remembers():
+    for memory, remembers in (("lstm", True), ("none", False)):
+        network = make_network(lstm.Args(hide="none", memory=memory))
+        obs = torch.zeros(4, 2, 6)
+        obs[0, 1] = 1.0  # two histories that differ in their first observation
+        last = network(obs, network.initial_state(2))[0][-1]
+        assert torch.equal(last[0], last[1]) != remembers
+
+
+def test_the_control_is_as_wide_and_as_deep():
+    for memory in ("lstm", "none"):
+        network, sizes = make_network(lstm.Args(hidden_size=32, num_layers=3, memory=memory)), []
+        network.head.register_forward_pre_hook(lambda _, inputs, sizes=sizes: sizes.append(inputs[0].shape))
+        network(torch.zeros(5, 2, 4), network.initial_state(2))
+        assert sizes == [(5, 2, 32)]
+        layers = network.lstm.num_layers if memory == "lstm" else len(network.layers)
+        assert layers == 3
+
+
+def loss_of(network, batch, burn_in, n_step=1):
+    with torch.no_grad():
+        next_q_values = lstm.unroll(network, batch, burn_in)[1:]
+    return lstm.td_loss(lstm.unroll(network, batch, burn_in)[:-1], next_q_values, batch, 0.9, n_step, "mse")[0]
+
+
+def test_no_gradient_from_burn_in_and_padding():
+    network = make_network(lstm.Args(hide="none", num_layers=2, hidden_size=16))
+    # Sequences: begins with its episode; begins within it; the same, and ends 2 steps before the window.
+    learn = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 0]], dtype=torch.bool)
+    batch = random_batch(network, 3, [False, True, True], learn)
+    batch.obs.requires_grad_()
+    batch.state.requires_grad_()
+    loss_of(network, batch, 3).backward()
+    moved = (batch.obs.grad != 0).any(dim=2)  # (burn_in + T + 1, B)
+    nothing = torch.zeros(1, 3, dtype=torch.bool)
+    assert torch.equal(moved, torch.cat([nothing, nothing, nothing, learn, nothing]))  # the last: for the target only
+
+
+@pytest.mark.parametrize("burned_in", [True, False])
+def test_no_loss_from_burn_in_and_padding(burned_in):
+    network = make_network(lstm.Args(hide="none", num_layers=2, hidden_size=16))
+    batch = random_batch(network, 3, [burned_in], torch.tensor([[1], [1], [1], [0], [0]], dtype=torch.bool))
+    loss = loss_of(network, batch, 3)
+    matters = [burned_in] * 3 + [True] * 4 + [False] * 2  # three steps with loss, and the one to bootstrap from
+    for position in range(9):
+        obs = batch.obs.clone()
+        obs[position] += 10.0
+        assert (loss_of(network, batch._replace(obs=obs), 3) != loss) == matters[position]
+    # The burn-in matters through the state alone: the loss is that of what follows, from the state after it.
+    with torch.no_grad():
+        state = network(batch.obs[:3], batch.state)[1] if burned_in else batch.state
+    torch.testing.assert_close(loss_of(network, batch._replace(obs=batch.obs[3:], state=state), 0), loss)
+
+
+@pytest.mark.parametrize("initial_state", ["stored", "zero"])
+def test_a_sequence_starts_from_the_state_of_that_time_or_from_zero(initial_state, tmp_path, monkeypatch):
+    batches, unroll = [], lstm.unroll
+    monkeypatch.setattr(lstm, "unroll", lambda net, batch, n: batches.append((net, batch)) or unroll(net, batch, n))
+    flags = {"env_id": "toy_envs:Truncated-v0", "learning_starts": 150, "sequence_length": 2, "burn_in": 1}
+    lstm.train(options(tmp_path, initial_state=initial_state, **flags))
+    assert len({id(network) for network, _ in batches}) == 2 and len(batches) == 2 * ((201 - 150) // 4)
+    for _, batch in batches:
+        begun = batch.state.abs().sum(dim=(0, 1, 3)) > 0  # (B,)
+        first = torch.where(batch.burned_in.unsqueeze(1), batch.obs[0], batch.obs[1])[:, 2]  # its step
+        assert torch.equal(begun, (first > 0) if initial_state == "stored" else torch.zeros(16, dtype=torch.bool))
+        assert (first == 0).any() and (first > 0).any()
+    for (_, online), (_, target) in zip(batches[1::2], batches[::2], strict=True):
+        assert online is target  # the same sequence
+
+
+# --- Hidden states where episodes begin ---
+
+
+class StepCounter(lstm.QNetwork):
+    """A network whose state counts the observations since it was zero, and whose greedy action is that count, mod 5."""
+
+    def forward(self, obs, state):
+        state = state + 1
+        count = state[0, 0, :, 0].long() - 1
+        return torch.eye(5)[count % 5].unsqueeze(0).expand(len(obs), -1, -1) + 0 * self.head[0].weight.sum(), state
+
+
+def test_each_environment_has_its_own_state_that_begins_with_the_episode(tmp_path, memories, monkeypatch):
+    monkeypatch.setattr(lstm, "QNetwork", StepCounter)
+    greedy = {"epsilon_start": 0.0, "epsilon_end": 0.0, "learning_starts": 200, "total_timesteps": 201, "num_envs": 3}
+    for env_id in ("Terminated-v0", "Truncated-v0", "Mixed-v0"):
+        lstm.train(options(tmp_path / env_id, env_id=f"toy_envs:{env_id}", **greedy))
+        for rows in rows_of(memories.pop()).values():
+            assert [row["actions"] for row in rows] == [row["steps"] % 5 for row in rows]
+            assert {row["steps"] for row in rows} >= {0, 1, 2, 3}
+
+
+def test_evaluation_carries_a_state_per_episode():
+    args = lstm.Args(env_id="toy_envs:Terminated-v0", hide="none")
+    env = lstm.make_env(args)
+    returns = lstm.evaluate(args, StepCounter(env.observation_space, env.action_space, args), 7, seed=5)
+    lengths = [toy_envs.LENGTHS[number % 3] for number in range(5, 12)]
+    assert returns.tolist() == [sum(step + step / 2 for step in range(length)) for length in lengths]
+
+
+# --- It learns ---
+
+CUE = {
+    **{"env_id": "toy_envs:Cue-v0", "total_timesteps": 6_000, "learning_starts": 500, "train_frequency": 8},
+    **{"target_frequency": 8, "tau": 0.05, "gamma": 0.9, "batch_size": 32, "hidden_size": 16, "num_envs": 8},
+    **{"sequence_length": 4, "burn_in": 0, "learning_rate": 1e-2, "epsilon_end": 0.1, "exploration_steps": 3_000},
+    **{"buffer_size": 6_000, "final_eval_episodes": 100},
+}
+
+
+@pytest.mark.parametrize("initial_state", ["stored", "zero"])
+def test_the_lstm_remembers_a_cue(initial_state, tmp_path):
+    result = lstm.train(options(tmp_path, **CUE, initial_state=initial_state))
+    assert result["final_return_mean"] > 0.95
+
+
+def test_without_memory_a_cue_is_lost(tmp_path):
+    result = lstm.train(options(tmp_path, **CUE, memory="none"))
+    assert 0.3 < result["final_return_mean"] < 0.7  # 100 coins
+
+
+def learned_value(tmp_path):
+    """Train on reward 1 per step, truncated every 5 steps, with gamma 0.9; return V of its only state, late."""
+    flags = {"gamma": 0.9, "learning_rate": 0.01, "learning_rate_end": 0.001, "tau": 0.1, "target_frequency": 2}
+    flags |= {"total_timesteps": 2_000, "learning_starts": 50, "train_frequency": 2, "num_envs": 5}
+    args = options(tmp_path, env_id="toy_envs:Constant-v0", **flags)
+    lstm.train(args)
+    network = make_network(args)
+    network.load_state_dict(torch.load(Path(args.run_dir, "last.pt"), weights_only=True)["network"])
+    return network(torch.tensor([[[1.0, 0.0, 0.0]]]), network.initial_state(1))[0].max().item()
+
+
+def test_truncation_does_not_end_the_value(tmp_path):
+    assert learned_value(tmp_path) == pytest.approx(10, abs=0.5)
+
+
+def test_a_truncation_taken_for_an_end_would_show(tmp_path, monkeypatch):
+    # The power of the test above: with death at every fifth step the first of five is worth 1 + ... + 0.9^4 = 4.1.
+    class Deadly(lstm.DummyVecEnv):
+        def step_wait(self):
+            *rest, infos = super().step_wait()
+            return *rest, [{**info, "TimeLimit.truncated": False} for info in infos]
+
+    monkeypatch.setattr(lstm, "DummyVecEnv", Deadly)
+    assert learned_value(tmp_path) < 6
+
+
+# --- The same again ---
+
+
+def parameters_after(args):
+    lstm.train(args)
+    return torch.load(Path(args.run_dir, "last.pt"), weights_only=True)["network"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+SHORT = {"env_id": "CartPole-v1", "hide": "velocity", "total_timesteps": 400, "learning_starts": 100, "num_envs": 2}
+
+
+def test_the_same_seed_gives_the_same_parameters_to_the_bit(tmp_path):
+    first = parameters_after(options(tmp_path / "a", **SHORT))
+    assert same(first, parameters_after(options(tmp_path / "b", **SHORT)))
+    assert not same(first, parameters_after(options(tmp_path / "c", **SHORT, seed=2)))
+    assert same(first, parameters_after(options(tmp_path / "d", **SHORT, vec_env="subproc")))
+    assert same(first, parameters_after(options(tmp_path / "e", **SHORT, eval_every=50, eval_episodes=3)))
+
+
+def test_weight_decay_shrinks_the_weights(tmp_path):
+    plain, decayed = (
+        parameters_after(options(tmp_path / str(decay), **SHORT, weight_decay=decay)) for decay in (0.0, 1.0)
+    )
+    assert sum(w.square().sum() for w in decayed.values()) < sum(w.square().sum() for w in plain.values())
+
+
+def test_resuming_restores_everything(tmp_path):
+    args = options(tmp_path, **SHORT)
+    lstm.train(args)
+    before = torch.load(Path(args.run_dir, "last.pt"), weights_only=True)
+    lstm.train(replace(args, run_dir="", resume=args.run_dir))  # at its end already: no step is taken
+    after = torch.load(Path(args.run_dir, "last.pt"), weights_only=True)
+    assert before.keys() == after.keys() >= {"network", "target_network", "optimizer", "memory", "counts", "torch_rng"}
+    for name in ("network", "target_network"):
+        assert same(before[name], after[name])
+    assert same(before["memory"]["columns"], after["memory"]["columns"])
+    assert before["memory"]["columns"]["states"].abs().sum() > 0
+    assert (before["counts"], before["memory"]["added"]) == (after["counts"], after["memory"]["added"])
+    assert str(before["optimizer"]) == str(after["optimizer"])
+    assert torch.equal(before["torch_rng"], after["torch_rng"])
+
+
+def test_a_resumed_run_whose_environments_cannot_be_saved_begins_new_episodes(tmp_path, memories):
+    args = options(tmp_path, **{**SHORT, "env_id": "toy_envs:Engine-v0", "hide": "none"})
+    lstm.train(args)
+    result = lstm.train(replace(args, run_dir="", resume=args.run_dir, total_timesteps=500))
+    assert (result["global_step"], result["gradient_steps"]) == (500, (500 - 100) // 4)
+    for rows in rows_of(memories[-1]).values():
+        assert rows[200]["steps"] == 0 and not rows[200]["states"].any()
+
+
+# --- The TD target ---
+
+
+def targets_by_hand(q, r, terminated, learn, next_max, gamma, n):
+    """The n-step target of one sequence, by a loop over its rewards."""
+    found = []
+    for t in range(len(r)):
+        if not learn[t]:
+            continue
+        total, k = 0.0, 0
+        while True:
+            total += gamma**k * r[t + k]
+            k += 1
+            if terminated[t + k - 1]:
+                break
+            if k == n or t + k == len(r) or not learn[t + k]:
+                total += gamma**k * next_max[t + k - 1]
+                break
+        found.append(total)
+    return found
+
+
+@pytest.mark.parametrize("n_step", [1, 2, 3, 6])
+def test_n_step_targets_by_hand(n_step):
+    rng = torch.Generator().manual_seed(n_step)
+    length, sequences = 6, 40
+    lengths = torch.randint(1, length + 1, (sequences,), generator=rng)
+    learn = torch.arange(length)[:, None] < lengths  # some end before the window: terminated, or out of time
+    terminated = torch.zeros(length, sequences)
+    fell = torch.rand(sequences, generator=rng) < 0.5
+    terminated[(lengths - 1)[fell], torch.arange(sequences)[fell]] = 1.0
+    q_values, next_q_values = (torch.randn(length, sequences, 2, generator=rng) for _ in range(2))
+    actions, rewards = (
+        torch.randint(2, (length, sequences), generator=rng),
+        torch.randn(length, sequences, generator=rng),
+    )
+    batch = lstm.Batch(None, None, None, learn, actions, rewards, terminated)
+    loss, q_taken = lstm.td_loss(q_values, next_q_values, batch, 0.9, n_step, "mse")
+
+    errors, taken = [], q_values.gather(2, actions[..., None])[..., 0]
+    for i in range(sequences):
+        columns = (column[:, i].tolist() for column in (taken, rewards, terminated, learn, next_q_values.amax(2)))
+        q, *rest = columns
+        targets = targets_by_hand(q, *rest, 0.9, n_step)
+        errors += [(target - q[t]) ** 2 for t, target in enumerate(targets)]
+    assert len(q_taken) == len(errors) == lengths.sum()
+    assert loss.item() == pytest.approx(np.mean(errors), rel=1e-5)
+    # Padding that holds anything else changes nothing.
+    noisy = batch._replace(rewards=torch.where(learn, rewards, 99.0))
+    assert lstm.td_loss(q_values, next_q_values, noisy, 0.9, n_step, "mse")[0] == loss
