@@ -53,8 +53,8 @@ that falls to 0; a target network that follows slowly (--tau 0.02) instead of by
 side; the TD error is not clipped (--loss huber does that); time limits are not taken for terminations. No double or
 dueling networks, no prioritised replay, no n-step returns.
 
-The same seed gives the same parameters to the bit, on a CPU with the same versions. A resumed run is not the same to
-the bit: it begins new episodes.
+The same seed gives the same parameters to the bit, on a CPU with the same versions; so does a run that was interrupted
+and resumed, wherever the environment's state is plain data, as CartPole's is.
 """
 
 import argparse

@@ -62,8 +62,8 @@ Differences from dqn_cartpole.py, by section. Environment: the hidden velocities
 shaped reward. Network: the LSTM. Replay memory: sequences, and the state before each observation. Equations: unroll.
 Training and evaluation: a state per environment, zero where an episode begins.
 
-The same seed gives the same parameters to the bit, on a CPU with the same versions. A resumed run is not the same to
-the bit: it begins new episodes.
+The same seed gives the same parameters to the bit, on a CPU with the same versions; so does a run that was interrupted
+and resumed, wherever the environment's state is plain data, as CartPole's is.
 """
 
 import argparse

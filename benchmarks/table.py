@@ -1,6 +1,7 @@
-"""Print the README's table of results in benchmarks/results/NAME/summary.csv.
+"""Print the README's tables of the results in benchmarks/results/NAME/summary.csv.
 
-python benchmarks/table.py dqn_cartpole
+python benchmarks/table.py dqn_cartpole                                     # a row per seed
+python benchmarks/table.py dqn_cartpole dqn_vecenv ppo_cartpole             # a row per set of runs
 """
 
 import csv
@@ -29,5 +30,25 @@ def table(name: str) -> str:
     return "\n".join(lines)
 
 
+def row_of(name: str) -> str:
+    """Return one row of a Markdown table, of all seeds: under HEAD."""
+    with open(RESULTS / name / "summary.csv") as file:
+        rows = list(csv.DictReader(file))
+    finals, late, seconds = (
+        [float(row[column]) for row in rows] for column in ("final_return_mean", "worst_late_evaluation", "seconds")
+    )
+    return (
+        f"| [`{name}`](benchmarks/results/{name}) | {len(rows)} | {sum(final >= 499.95 for final in finals)} "
+        f"| {min(finals):.1f} | {sum(final >= 475 for final in finals)} | {sum(worst >= 475 for worst in late)} "
+        f"| {min(seconds):.1f} to {max(seconds):.1f} |"
+    )
+
+
+HEAD = """| runs | seeds | final at 500.0 | lowest final | at 475 or more | never below in the last fifth | training, s |
+|---|---:|---:|---:|---:|---:|---:|"""
+
 if __name__ == "__main__":
-    print(table(sys.argv[1]))
+    if len(sys.argv) == 2:
+        print(table(sys.argv[1]))
+    else:
+        print(HEAD, *map(row_of, sys.argv[1:]), sep="\n")

@@ -13,14 +13,51 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import plot
 import run_seeds
+import speed
 import table
+import vec_env_cost
 
 README = (ROOT / "README.md").read_text()
-RESULTS = sorted(path.name for path in (ROOT / "benchmarks" / "results").iterdir())
+RESULTS = sorted(path.parent.name for path in (ROOT / "benchmarks" / "results").glob("*/summary.csv"))
 
 
-def test_the_table_of_seeds_is_that_of_the_raw_data():
+@pytest.mark.parametrize("name", ["dqn_cartpole", "dqn_vecenv", "ppo_cartpole", "dqn_lstm_cartpole"])
+def test_the_table_of_seeds_is_that_of_the_raw_data(name):
+    assert table.row_of(name) in README
+
+
+def test_the_table_of_ten_seeds_is_that_of_the_raw_data():
     assert table.table("dqn_cartpole") in README
+
+
+def test_the_table_of_costs_is_that_of_the_raw_data():
+    assert vec_env_cost.table() in README
+
+
+def test_the_table_of_ratios_is_that_of_the_raw_data():
+    assert speed.table() in README
+
+
+def test_a_rate_is_a_rate():
+    rate = vec_env_cost.transitions_per_second("slow_envs:Wait1ms-v0", "dummy", 2, seconds=0.3)
+    assert 300 < rate < 1_000  # a step of one environment waits for 1 ms and a bit
+
+
+def test_the_watch_times_what_lies_between_two_steps(capsys, monkeypatch):
+    class Ended(Exception):
+        pass
+
+    def end(status):
+        raise Ended
+
+    monkeypatch.setattr("os._exit", end)
+    watch = speed.Watch(10, 20)
+    for step in (4, 12, 16):
+        watch.at(step)
+    with pytest.raises(Ended):
+        watch.at(24)
+    result = json.loads(capsys.readouterr().out.removeprefix("RESULT "))
+    assert result["steps"] == 12 and 0 < result["seconds"] < 1
 
 
 @pytest.mark.parametrize("name", RESULTS)

@@ -374,6 +374,17 @@ ONLY = {
         ("evaluation above 1", ["--eval-epsilon", "2"], "--eval-epsilon 2"),
         ("negative alpha", ["--rmsprop-alpha", "-1"], "--rmsprop-alpha -1"),
     ],
+    "dqn_lstm_cartpole": [
+        ("velocities of another environment", ["--env-id", "Acrobot-v1"], "only CartPole has velocities to hide"),
+        ("empty sequence", ["--sequence-length", "0"], "--sequence-length 0"),
+        ("negative burn-in", ["--burn-in", "-1"], "--burn-in -1"),
+        ("burn-in longer than the sequence", ["--burn-in", "9", "--sequence-length", "8"], "--burn-in 9"),
+        ("target of no step", ["--n-step", "0"], "--n-step 0"),
+        ("no layer", ["--num-layers", "0"], "--num-layers 0"),
+        ("negative decay", ["--weight-decay", "-1"], "--weight-decay -1"),
+        ("no such memory", ["--memory", "gru"], "--memory"),
+        ("nothing that can be hidden", ["--hide", "pole"], "--hide"),
+    ],
     "ppo_cartpole": [
         ("minibatches that do not divide", ["--num-minibatches", "7"], "--num-minibatches 7"),
         ("no steps in a rollout", ["--num-steps", "0"], "--num-steps 0"),
@@ -402,6 +413,8 @@ def test_nonsense_is_refused_before_anything_is_written(name, arguments, message
         find_spec = importlib.util.find_spec
         missing = lambda package, *rest: None if package in arguments else find_spec(package, *rest)  # noqa: E731
         monkeypatch.setattr(importlib.util, "find_spec", missing)
+    if "lstm" in name and "toy_envs:Constant-v0" in arguments:
+        arguments = [*arguments, "--hide", "none"]
     status, out, err = cli(*arguments, script=f"{name}.py")
     assert status == 2
     assert message in flat(err)
