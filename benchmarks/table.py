@@ -44,7 +44,7 @@ def row_of(name: str) -> str:
     )
 
 
-HEAD = """| runs | seeds | final at 500.0 | lowest final | at 475 or more | never below in the last fifth | training, s |
+HEAD = """| runs | seeds | final at 500.0 | lowest final | at 475 or more | never below in the last fifth | seconds |
 |---|---:|---:|---:|---:|---:|---:|"""
 
 if __name__ == "__main__":
