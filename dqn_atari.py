@@ -752,7 +752,7 @@ def pack(value, inside: bool = False):
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
-        return torch.from_numpy(np.array(value))
+        return {"array": value.tolist(), "dtype": str(value.dtype), "shape": list(value.shape)}
     if type(value) in (list, tuple, dict):
         items = value.items() if type(value) is dict else value
         return [type(value).__name__, *(pack(item, inside=True) for item in items)]
@@ -765,12 +765,14 @@ def pack(value, inside: bool = False):
 
 def unpack(value, current=None):
     """Undo pack; random generators and deques are not replaced: the current one is set."""
-    if isinstance(value, torch.Tensor):
-        return value.numpy()[()]  # [()] makes a number of an array without dimensions
     if isinstance(value, list):
         return {"list": list, "tuple": tuple, "dict": dict}[value[0]](map(unpack, value[1:]))
     if not isinstance(value, dict):
         return value
+    if "array" in value:
+        return np.array(value["array"], value["dtype"]).reshape(value["shape"])[
+            ()
+        ]  # [()]: a number, if it has no shape
     if "generator" in value:
         current.bit_generator.state = value["generator"]
     else:

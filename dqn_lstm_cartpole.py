@@ -22,7 +22,7 @@ and Stone, "Deep Recurrent Q-Learning for Partially Observable MDPs", AAAI Fall 
 
     python dqn_lstm_cartpole.py
     python dqn_lstm_cartpole.py --memory none                    # the control: the same without a memory
-    python dqn_lstm_cartpole.py --hide none                      # the ordinary CartPole-v1
+    python dqn_lstm_cartpole.py --hide none                      # CartPole-v1 with its velocities
     python dqn_lstm_cartpole.py --env-id Acrobot-v1 --hide none  # another environment
     python dqn_lstm_cartpole.py --resume runs/NAME --total-timesteps 400000
     python dqn_lstm_cartpole.py --play runs/NAME/best.pt --render
@@ -35,7 +35,7 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %
     MEASURE
 
 What is fed to which network. An episode of 5 steps is in the memory: observations o0 to o5, actions a0 to a4, and the
-pole falls at o5. With --burn-in 2 --sequence-length 3, a gradient step may read the sequence that starts at step 3:
+pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient step may read this sequence:
 
     position              0        1        2                      3        4        5
     observation           o1       o2       o3                     o4       o5       -
@@ -47,20 +47,22 @@ pole falls at o5. With --burn-in 2 --sequence-length 3, a gradient step may read
 1. Both networks read the sequence in order, each with its own weights. An observation is what the agent saw and the
    action that led there, so o1 holds a0.
 2. The state before o1 was stored when the agent was there; with --initial-state zero it is zeros. Neither is what the
-   present weights would remember: the burn-in mends that. It carries no loss, and no gradient goes into it.
-3. A step with loss compares Q(o3, a3) with the target network's value one position later in the same reading, so that
-   its history is the same. Were o4 fed to the target network alone, it would remember nothing of o3.
+   present weights would remember: the burn-in brings it closer. It carries no loss, and no gradient goes into it.
+3. A step with loss compares Q(o3, a3) with the target network's value one position later (n positions, with --n-step n,
+   and the rewards in between) in the same reading, so that its history is the same. Were o4 fed to the target network
+   alone, it would remember nothing of o3.
 4. The sequence ends with its episode. What stands after that is read, and counts nowhere.
 5. Where fewer than 2 steps of the episode precede, the sequence starts with the episode: o0 stands at position 2, the
    state before it is zeros, which is true, and what the burn-in reads is thrown away.
 
 Differences from the papers: a vector instead of pixels, sequences of a dozen steps instead of 80, one learner with
-environments side by side instead of 256 actors. No prioritised replay, double or dueling networks, n-step returns or
+environments side by side instead of 256 actors. No prioritised replay, double or dueling networks, or
 rescaled values.
 
 Differences from dqn_cartpole.py, by section. Environment: the hidden velocities, the last action in the observation, a
-shaped reward. Network: the LSTM. Replay memory: sequences, and the state before each observation. Equations: unroll.
-Training and evaluation: a state per environment, zero where an episode begins.
+shaped reward. Network: the LSTM, and layer normalisation in the head. Replay memory: sequences, and the state before
+each observation. Equations: unroll; the loss of several sequences, with targets of --n-step rewards. Training and
+evaluation: a state per environment, zero where an episode begins; the norm of the gradient is clipped.
 
 The same seed gives the same parameters to the bit, on a CPU with the same versions; so does a run that was interrupted
 and resumed, wherever the environment's state is plain data, as CartPole's is.
@@ -165,7 +167,7 @@ class Args:
         check_args(self)
         require(self, "batch_size", self.batch_size <= self.buffer_size, "give at most --buffer-size")
         require(self, "num_envs", self.num_envs <= self.buffer_size, "give at most --buffer-size")
-        # Only a sequence without burn-in reaches the first burn_in steps of an episode: see ReplayMemory.sample.
+        # A sequence starts to learn at step 0 of its episode, or at step burn_in or later: none may be left between.
         require(self, "burn_in", self.burn_in <= self.sequence_length, "give at most --sequence-length")
         require(self, "learning_starts", self.learning_starts < self.total_timesteps, "give less than the total")
         require(self, "learning_starts", self.learning_starts >= self.num_envs, "give at least --num-envs")
@@ -185,6 +187,17 @@ class ShapedReward(gym.Wrapper):
         return obs, float(1.0 - abs(obs[0]) - abs(obs[2]) / 0.209), *rest
 
 
+class Positions(gym.ObservationWrapper):
+    """CartPole without velocities: x / 0.1 and angle / 0.02, units in which the moves of one step are not all tiny."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.observation_space = gym.spaces.Box(-50.0, 50.0, (2,), np.float32)
+
+    def observation(self, obs: np.ndarray) -> np.ndarray:
+        return obs[[0, 2]] / np.float32([0.1, 0.02])
+
+
 class LastAction(gym.Wrapper):
     """Appends to an observation the action that led to it, one-hot; zeros where an episode begins.
 
@@ -200,7 +213,7 @@ class LastAction(gym.Wrapper):
 
     def reset(self, **options):
         obs, info = self.env.reset(**options)
-        return np.append(obs, 0.0 * self.one_hot[0]), info
+        return np.append(obs, np.zeros_like(self.one_hot[0])), info
 
     def step(self, action):
         obs, *rest = self.env.step(action)
@@ -228,12 +241,11 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
         raise ValueError("only CartPole has velocities to hide and a reward to shape: for others give --hide none")
     if evaluation and env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
-    env = gym.wrappers.RecordEpisodeStatistics(env)  # inside ShapedReward: of the true reward
+    env = gym.wrappers.RecordEpisodeStatistics(env, buffer_length=1)  # inside ShapedReward: of the true reward
     if args.shaped_reward and not evaluation:
         env = ShapedReward(env)
-    if args.hide == "velocity":  # x / 0.1 and angle / 0.02: in these units the moves of one step are not all too small
-        positions = gym.spaces.Box(-50.0, 50.0, (2,), np.float32)
-        env = gym.wrappers.TransformObservation(env, lambda obs: obs[[0, 2]] / np.float32([0.1, 0.02]), positions)
+    if args.hide == "velocity":
+        env = Positions(env)
     env = Resumable(LastAction(env))
     if render_mode == "human":
         env = Window(env)
@@ -310,8 +322,8 @@ class Batch(NamedTuple):
     """B sequences of burn_in + T + 1 observations, time first, and what was done in their T steps after the burn-in."""
 
     obs: torch.Tensor  # (burn_in + T + 1, B, obs_dim), the last one to bootstrap from
-    state: torch.Tensor  # (2, num_layers, B, hidden_size), before the first obs that counts
-    burned_in: torch.Tensor  # (B,) bool: else what counts begins after the burn-in
+    state: torch.Tensor  # (2, num_layers, B, hidden_size), before obs[0] if burned_in, else before obs[burn_in]
+    burned_in: torch.Tensor  # (B,) bool: False where too few steps precede; its burn-in is then ignored
     learn: torch.Tensor  # (T, B) bool: the steps that carry loss, the others are padding
     actions: torch.Tensor  # (T, B)
     rewards: torch.Tensor  # (T, B)
@@ -350,7 +362,8 @@ class ReplayMemory:
 
         It starts 0 to length - 1 steps before, so that what is drawn stands anywhere in it, and reads burn_in steps
         before that. Where fewer are to be had, it starts where they begin, with no burn-in: with the episode, whose
-        state is known to be zero there, or with what a full ring still holds.
+        state is known to be zero there, or with what a full ring still holds. (Then what was drawn may lie behind the
+        end of the sequence: the first steps of an episode are learned from about as often as the others.)
         """
         columns, n = self.columns, self.num_envs
         drawn = torch.randint(min(self.added, self.capacity), (batch_size,)).numpy()
@@ -426,10 +439,11 @@ def td_loss(q_values, next_q_values, batch: Batch, gamma: float, n_step: int, lo
     """Return the TD loss of the steps that carry one, and their Q(s, a).
 
     y_t = r_t + gamma * max_a' Q_target(o_t+1, a')                                   for n_step 1, as in dqn_cartpole.py
-    y_t = r_t + gamma * r_t+1 + ... + gamma^n * max_a' Q_target(o_t+n, a')           for n_step n
+    y_t = r_t + ... + gamma^(n-1) * r_t+n-1 + gamma^n * max_a' Q_target(o_t+n, a')   for n_step n
     L   = mean of (y - Q(o_t, a_t))^2, or of Huber's loss: half that square up to an error of 1, linear beyond
 
-    No maximum where the episode ended for good. Fewer rewards where it ran out of time, or the sequence ends. More
+    No maximum where the episode ended for good. Fewer rewards where it ran out of time, or the sequence ends: the last
+    step of a sequence always has a one-step target. More
     rewards mean less trust in one's own estimates, and faster news; but the actions in between were those of an older
     network, or random, and nothing corrects for that (R2D2 does the same with n = 5).
 
@@ -694,7 +708,7 @@ def pack(value, inside: bool = False):
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
-        return torch.from_numpy(np.array(value))
+        return {"array": value.tolist(), "dtype": str(value.dtype), "shape": list(value.shape)}
     if type(value) in (list, tuple, dict):
         items = value.items() if type(value) is dict else value
         return [type(value).__name__, *(pack(item, inside=True) for item in items)]
@@ -707,12 +721,14 @@ def pack(value, inside: bool = False):
 
 def unpack(value, current=None):
     """Undo pack; random generators and deques are not replaced: the current one is set."""
-    if isinstance(value, torch.Tensor):
-        return value.numpy()[()]  # [()] makes a number of an array without dimensions
     if isinstance(value, list):
         return {"list": list, "tuple": tuple, "dict": dict}[value[0]](map(unpack, value[1:]))
     if not isinstance(value, dict):
         return value
+    if "array" in value:
+        return np.array(value["array"], value["dtype"]).reshape(value["shape"])[
+            ()
+        ]  # [()]: a number, if it has no shape
     if "generator" in value:
         current.bit_generator.state = value["generator"]
     else:

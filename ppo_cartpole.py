@@ -167,7 +167,7 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
         raise ValueError(f"its actions are {env.action_space}, and this script needs Discrete(n), numbered from 0")
     if evaluation and env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
-    env = Resumable(gym.wrappers.RecordEpisodeStatistics(env))
+    env = Resumable(gym.wrappers.RecordEpisodeStatistics(env, buffer_length=1))
     if render_mode == "human":
         env = Window(env)
     if video_dir is not None:
@@ -561,7 +561,7 @@ def pack(value, inside: bool = False):
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
-        return torch.from_numpy(np.array(value))
+        return {"array": value.tolist(), "dtype": str(value.dtype), "shape": list(value.shape)}
     if type(value) in (list, tuple, dict):
         items = value.items() if type(value) is dict else value
         return [type(value).__name__, *(pack(item, inside=True) for item in items)]
@@ -574,12 +574,14 @@ def pack(value, inside: bool = False):
 
 def unpack(value, current=None):
     """Undo pack; random generators and deques are not replaced: the current one is set."""
-    if isinstance(value, torch.Tensor):
-        return value.numpy()[()]  # [()] makes a number of an array without dimensions
     if isinstance(value, list):
         return {"list": list, "tuple": tuple, "dict": dict}[value[0]](map(unpack, value[1:]))
     if not isinstance(value, dict):
         return value
+    if "array" in value:
+        return np.array(value["array"], value["dtype"]).reshape(value["shape"])[
+            ()
+        ]  # [()]: a number, if it has no shape
     if "generator" in value:
         current.bit_generator.state = value["generator"]
     else:
