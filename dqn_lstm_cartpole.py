@@ -29,10 +29,23 @@ and Stone, "Deep Recurrent Q-Learning for Partially Observable MDPs", AAAI Fall 
 
 Watch it with `tensorboard --logdir runs`.
 
-MEASURE
+Measured with the defaults, seeds 1 to 10, greedy return of the final network over 100 episodes: 475 or more on eight of
+ten (484.6 to 500.0), 452 and 468 on the others; about 110 s of training with two runs at a time on two cores. The
+control without a memory, seeds 1 to 5: 77 to 79.
 
-Is my run healthy?       at 10 %    at 50 %    at 100 %
-    MEASURE
+Is my run healthy?       at 10 %    at 50 %    at 100 %     (median of ten seeds; lowest and highest)
+    greedy return        169        475        494          (81 to 290; 364 to 500; 450 to 500)
+    training return      145        295        383          (20 % of the actions are random: judge by the greedy one)
+    loss                 20         28         12           (of targets with three rewards, which differ more)
+    mean Q(s, a)         54         96         96           (the true limit is 1 / (1 - gamma) = 100)
+
+What is not solved: the curve is not steady. Between 318 and 479 is the worst evaluation of the last fifth of a run. The
+episodes that end early end late: the cart drifts out of its track after 350 steps or more, where few of the episodes
+in the memory have been.
+
+What was seen to matter in rough trials, so take it as leads: layer normalisation in the head, and targets of three
+rewards; without them the curve rises and falls. Small units for the positions, and forget gates that start open, or the
+LSTM learns the velocities slowly. Clipping the gradient.
 
 What is fed to which network. An episode of 5 steps is in the memory: observations o0 to o5, actions a0 to a4, and the
 pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient step may read this sequence:

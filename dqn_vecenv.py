@@ -28,7 +28,16 @@ side, in this process (--vec-env dummy), in a process each (subproc, the default
 
 Watch it with `tensorboard --logdir runs`.
 
-MEASURE
+Measured with the defaults on two cores, seeds 1 to 10: the final network's greedy return over 100 episodes is 500.0 on
+ten of ten, no evaluation in the last fifth is under 475 on seven of ten, and training takes 7 to 11 s. The same with
+--vec-env dummy takes 5 s, with envpool 4.4 s: CartPole is so fast that the messages to the workers cost more than its
+steps. Worker processes pay where a step takes clearly more than 0.1 ms: the README has the table.
+
+Is my run healthy?       at 10 %    at 50 %    at 100 %     (median of ten seeds; lowest and highest)
+    greedy return        254        266        500          (88 to 500; 92 to 500; 500 to 500)
+    training return      46         94         162          (20 % of the actions are random: judge by the greedy one)
+    loss                 0.8        5.9        6.5          (it grows with the Q-values)
+    mean Q(s, a)         23         77         108          (the true limit is 1 / (1 - gamma) = 100)
 
 What happens in one step of the loop, with n environments, and in which process:
 

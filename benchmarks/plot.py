@@ -50,7 +50,7 @@ def main():
             mean = np.mean([np.interp(steps, *each) for each in curves], axis=0)
             label = args.labels[index] if args.labels else name
             axes.plot(steps, mean, color=colour, linewidth=2, label=f"{label}: mean of {len(curves)} seeds")
-            axes.legend(frameon=False, loc="lower right")
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
     axes.set(xlabel="transitions", ylabel=args.ylabel, title=args.title)
     axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.spines[["top", "right"]].set_visible(False)
