@@ -336,7 +336,7 @@ def train(args: Args) -> dict:
     memory = ReplayMemory(args.buffer_size, envs.observation_space.shape[0])
     epsilon_schedule = linear_schedule if args.epsilon_schedule == "linear" else exponential_schedule
     global_step = gradient_steps = target_syncs = 0
-    loss = torch.zeros(())
+    loss = torch.zeros(())  # until the first gradient step
 
     with Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, memory=memory) as run:
         run.say(f"replay memory of {memory.nbytes / 1e6:,.1f} MB")
@@ -438,16 +438,8 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 SCRIPT = Path(__file__).stem
 AT_MOST_ONE = {"epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "gae_lambda", "tau"}
-MAY_BE_ZERO = {
-    "seed",
-    "learning_rate_end",
-    "max_grad_norm",
-    "max_grad_value",
-    "entropy_coef",
-    "weight_decay",
-    "burn_in",
-}
-MAY_BE_ZERO |= AT_MOST_ONE - {"tau"}
+MAY_BE_ZERO = {"seed", "learning_rate_end", "max_grad_norm", "max_grad_value", "entropy_coef", "weight_decay"}
+MAY_BE_ZERO |= {"burn_in"} | AT_MOST_ONE - {"tau"}
 RESUME_MAY_CHANGE = {"total_timesteps", "target_return", "device", "render", "video", "track", "track_project"}
 RESUME_MAY_CHANGE |= {"checkpoint_every", "eval_episodes", "final_eval_episodes"}
 PLAY_MAY_CHANGE = {"env_id", "seed", "device", "render", "video", "time_limit", "final_eval_episodes", "eval_epsilon"}
@@ -550,9 +542,8 @@ def unpack(value, current=None):
     if not isinstance(value, dict):
         return value
     if "array" in value:
-        return np.array(value["array"], value["dtype"]).reshape(value["shape"])[
-            ()
-        ]  # [()]: a number, if it has no shape
+        array = np.array(value["array"], value["dtype"]).reshape(value["shape"])
+        return array[()]  # a number, if it has no dimensions
     if "generator" in value:
         current.bit_generator.state = value["generator"]
     else:

@@ -39,9 +39,7 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %     (median of ten seeds
     loss                 20         28         12           (of targets with three rewards, which differ more)
     mean Q(s, a)         54         96         96           (the true limit is 1 / (1 - gamma) = 100)
 
-What is not solved: the curve is not steady. Between 318 and 479 is the worst evaluation of the last fifth of a run. The
-episodes that end early end late: the cart drifts out of its track after 350 steps or more, where few of the episodes
-in the memory have been.
+What is not solved: the curve is not steady. The worst evaluation of the last fifth of a run is between 318 and 479.
 
 What was seen to matter in rough trials, so take it as leads: layer normalisation in the head, and targets of three
 rewards; without them the curve rises and falls. Small units for the positions, and forget gates that start open, or the
@@ -69,8 +67,7 @@ pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient st
    state before it is zeros, which is true, and what the burn-in reads is thrown away.
 
 Differences from the papers: a vector instead of pixels, sequences of a dozen steps instead of 80, one learner with
-environments side by side instead of 256 actors. No prioritised replay, double or dueling networks, or
-rescaled values.
+environments side by side instead of 256 actors. No prioritised replay, double or dueling networks, or rescaled values.
 
 Differences from dqn_cartpole.py, by section. Environment: the hidden velocities, the last action in the observation, a
 shaped reward. Network: the LSTM, and layer normalisation in the head. Replay memory: sequences, and the state before
@@ -510,7 +507,7 @@ def train(args: Args) -> dict:
     epsilon_schedule = linear_schedule if args.epsilon_schedule == "linear" else exponential_schedule
     episodes = Episodes(q_network.initial_state(args.num_envs))
     global_step = gradient_steps = target_syncs = 0
-    loss = torch.zeros(())
+    loss = torch.zeros(())  # until the first gradient step
 
     state = {"target_network": target_network, "optimizer": optimizer, "memory": memory, "episodes": episodes}
     with Run(args, envs, q_network, **state) as run:
@@ -627,16 +624,8 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 SCRIPT = Path(__file__).stem
 AT_MOST_ONE = {"epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "gae_lambda", "tau"}
-MAY_BE_ZERO = {
-    "seed",
-    "learning_rate_end",
-    "max_grad_norm",
-    "max_grad_value",
-    "entropy_coef",
-    "weight_decay",
-    "burn_in",
-}
-MAY_BE_ZERO |= AT_MOST_ONE - {"tau"}
+MAY_BE_ZERO = {"seed", "learning_rate_end", "max_grad_norm", "max_grad_value", "entropy_coef", "weight_decay"}
+MAY_BE_ZERO |= {"burn_in"} | AT_MOST_ONE - {"tau"}
 RESUME_MAY_CHANGE = {"total_timesteps", "target_return", "device", "render", "video", "track", "track_project"}
 RESUME_MAY_CHANGE |= {"checkpoint_every", "eval_episodes", "final_eval_episodes"}
 PLAY_MAY_CHANGE = {"env_id", "seed", "device", "render", "video", "time_limit", "final_eval_episodes", "eval_epsilon"}
@@ -739,9 +728,8 @@ def unpack(value, current=None):
     if not isinstance(value, dict):
         return value
     if "array" in value:
-        return np.array(value["array"], value["dtype"]).reshape(value["shape"])[
-            ()
-        ]  # [()]: a number, if it has no shape
+        array = np.array(value["array"], value["dtype"]).reshape(value["shape"])
+        return array[()]  # a number, if it has no dimensions
     if "generator" in value:
         current.bit_generator.state = value["generator"]
     else:

@@ -60,8 +60,9 @@ begin in the same state. The next observation: after the end of an episode the V
 and the observation that belongs to the transition is the one in the info.
 
 Differences from dqn_cartpole.py, by section. Arguments: worker processes by default, --vec-env envpool; and one
-gradient step per iteration of 16 transitions, on a batch of 512 with a learning rate of 1.6e-2, in place of three on
-128 with 4e-3: workers that answer once per iteration want the learning in one piece. Environment: EnvPoolVecEnv.
+gradient step per iteration of 16 transitions, on a batch of 512 with a learning rate of 1.6e-2, in place of about
+three on 128 with 4e-3: workers that answer once per iteration want the learning in one piece. Environment:
+EnvPoolVecEnv.
 """
 
 import argparse
@@ -405,7 +406,7 @@ def train(args: Args) -> dict:
     memory = ReplayMemory(args.buffer_size, envs.observation_space.shape[0])
     epsilon_schedule = linear_schedule if args.epsilon_schedule == "linear" else exponential_schedule
     global_step = gradient_steps = target_syncs = 0
-    loss = torch.zeros(())
+    loss = torch.zeros(())  # until the first gradient step
 
     with Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, memory=memory) as run:
         run.say(f"replay memory of {memory.nbytes / 1e6:,.1f} MB")
@@ -507,16 +508,8 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 SCRIPT = Path(__file__).stem
 AT_MOST_ONE = {"epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "gae_lambda", "tau"}
-MAY_BE_ZERO = {
-    "seed",
-    "learning_rate_end",
-    "max_grad_norm",
-    "max_grad_value",
-    "entropy_coef",
-    "weight_decay",
-    "burn_in",
-}
-MAY_BE_ZERO |= AT_MOST_ONE - {"tau"}
+MAY_BE_ZERO = {"seed", "learning_rate_end", "max_grad_norm", "max_grad_value", "entropy_coef", "weight_decay"}
+MAY_BE_ZERO |= {"burn_in"} | AT_MOST_ONE - {"tau"}
 RESUME_MAY_CHANGE = {"total_timesteps", "target_return", "device", "render", "video", "track", "track_project"}
 RESUME_MAY_CHANGE |= {"checkpoint_every", "eval_episodes", "final_eval_episodes"}
 PLAY_MAY_CHANGE = {"env_id", "seed", "device", "render", "video", "time_limit", "final_eval_episodes", "eval_epsilon"}
@@ -619,9 +612,8 @@ def unpack(value, current=None):
     if not isinstance(value, dict):
         return value
     if "array" in value:
-        return np.array(value["array"], value["dtype"]).reshape(value["shape"])[
-            ()
-        ]  # [()]: a number, if it has no shape
+        array = np.array(value["array"], value["dtype"]).reshape(value["shape"])
+        return array[()]  # a number, if it has no dimensions
     if "generator" in value:
         current.bit_generator.state = value["generator"]
     else:

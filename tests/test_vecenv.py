@@ -39,7 +39,8 @@ SHORT = {
 class FakePool:
     """EnvPool as its documentation describes it, made of Gymnasium's environments.
 
-    An environment that ended is reset by its next step, whose action it ignores, or before that by reset(env_ids).
+    An environment that ended is reset by its next step, whose action it ignores, or before that by reset(env_ids),
+    which reads 32-bit numbers. What ends at the very step of the limit is truncated, and never terminated.
     """
 
     def __init__(self, env_id, num_envs, seed, max_episode_steps):
@@ -49,6 +50,7 @@ class FakePool:
 
     def reset(self, env_ids=None):
         # All of them come in order; of some, the info tells which is which.
+        assert env_ids is None or env_ids.dtype == np.int32
         env_ids = np.arange(len(self.envs)) if env_ids is None else env_ids[::-1]
         return np.stack([self.begin(i) for i in env_ids]), {"env_id": env_ids}
 
@@ -66,7 +68,7 @@ class FakePool:
     def recv(self):
         obs, rewards, terminated, truncated = (np.stack(column) for column in zip(*self.sent, strict=True))
         self.ended = terminated | truncated
-        return obs.astype(np.float32), rewards.astype(np.float32), terminated, truncated, {}
+        return obs.astype(np.float32), rewards.astype(np.float32), terminated & ~truncated, truncated, {}
 
 
 @pytest.fixture
@@ -192,6 +194,15 @@ def test_a_missing_envpool_is_named(cli, tmp_path, monkeypatch):
     status, _, err = cli("--vec-env", "envpool", script="dqn_vecenv.py")
     assert status == 2 and "pip install envpool" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_learned_in_envpool_is_played_without_it(fake_envpool, cli, tmp_path, monkeypatch):
+    dqn.train(dqn.Args(**SHORT, vec_env="envpool", run_dir=str(tmp_path / "run")))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "envpool" else find_spec(name))
+    play = ("--play", tmp_path / "run" / "best.pt", "--render", "--final-eval-episodes", 2)
+    status, out, err = cli(*play, script="dqn_vecenv.py")
+    assert (status, err) == (0, "") and "over 2 episodes" in out
 
 
 # --- What the network learns from it ---
