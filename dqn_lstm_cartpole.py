@@ -3,6 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #     "gymnasium==1.4.0",
+#     "matplotlib==3.11.2",
 #     "moviepy==2.2.1",
 #     "numpy==2.4.6",
 #     "pygame==2.6.1",
@@ -1008,6 +1009,8 @@ class Run:
             "run_dir": str(self.dir),
         }
         (self.dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        self.csv_file.flush()
+        draw_curves(self.dir)
         self.say(
             f"final network: {returns.mean():.1f} over {len(returns)} episodes (min {returns.min():.0f}); "
             f"best network: {best_returns.mean():.1f}; {seconds:.1f} s of training"
@@ -1015,6 +1018,25 @@ class Run:
         if args.video:
             evaluate(args, best, 1, seed, render_mode="rgb_array", video_dir=self.dir / "videos")
         return result
+
+
+def draw_curves(run_dir: Path):
+    """Draw the returns and the losses of progress.csv over the transitions, into curves.png."""
+    from matplotlib.figure import Figure  # only here: it takes a while to import. Without pyplot it needs no screen.
+
+    series = collections.defaultdict(list)
+    for line in (run_dir / "progress.csv").read_text().splitlines()[1:]:
+        step, name, value = line.split(",")
+        series[name].append((int(step), float(value)))
+    panels = [["train/return_mean_100", "eval/return_mean"], *([name] for name in sorted(series) if "loss" in name)]
+    figure = Figure(figsize=(8, 3 * len(panels)), layout="constrained")
+    for axes, names in zip(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], panels, strict=True):
+        for name in names:
+            axes.plot(*np.reshape(series[name], (-1, 2)).T, label=name)
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.25)
+    axes.set_xlabel("transitions")
+    figure.savefig(run_dir / "curves.png")
 
 
 def play(args, network_class):

@@ -23,10 +23,10 @@ DISTRIBUTIONS = {"ale_py": "ale-py", "cv2": "opencv-python-headless", "stable_ba
 SECTIONS = ["Arguments", "Environment", "Network", "Replay memory|Rollout", "Equations", "Training", "Evaluation"]
 # What an algorithm is made of. Any other function or class that two scripts have is the same text in both.
 MAY_DIFFER = {"Args", "make_env", "QNetwork", "ReplayMemory", "Batch", "td_loss", "train", "evaluate"}
-MAX_PLUMBING_LINES = 475
+MAX_PLUMBING_LINES = 495
 # Without the docstring and what stands before it.
 MAX_ALGORITHM_LINES = defaultdict(lambda: 400, dqn_vecenv=440, ppo_cartpole=410, dqn_lstm_cartpole=540, dqn_atari=600)
-RUN_FILES = {"args.json", "progress.csv", "best.pt", "last.pt", "result.json"}
+RUN_FILES = {"args.json", "progress.csv", "best.pt", "last.pt", "result.json", "curves.png"}
 RESULTS = {
     *("global_step", "gradient_steps", "seconds", "wall_seconds", "steps_per_second", "final_return_mean"),
     *("final_return_min", "final_return_std", "best_return_mean", "solved_step", "solved_seconds"),
