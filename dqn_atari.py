@@ -57,7 +57,8 @@ Differences from the paper: Adam 1e-4 instead of RMSProp, more frequent target c
 of 50, epsilon down to 0.01 instead of 0.1 (and 0.01 in evaluations, not 0.05), learning from 80,000 transitions on
 instead of 50,000, FIRE pressed where a game waits for it, several games side by side, a bootstrap where a game runs
 out of time. As there: no-op starts, 4 frames per action, the maximum of the last two, one life per episode, rewards
--1, 0, 1, the TD error clipped (Huber loss). No double or dueling networks, no prioritised replay, no n-step returns.
+-1, 0, 1, the TD error clipped (Huber loss). No double or dueling networks, no prioritised replay; n-step returns
+(Sutton 1988; in DQN: Hessel et al., "Rainbow", 2018) are off unless --n-step asks for them.
 
 Differences from dqn_cartpole.py, by section. Environment: AtariGame, push_frames. Network: convolutions, bfloat16.
 Replay memory: frames. Equations: make_optimizer. Training: stacks of frames; a constant learning rate; refilling the
@@ -131,6 +132,7 @@ class Args:
     target_frequency: int = 1_000  # transitions per update of the target network
     tau: float = 1.0  # how far that update moves the target network to the online one; 1 makes it a copy
     gamma: float = 0.99  # discount per step
+    n_step: int = 1  # rewards in a TD target before the bootstrap; more than 1 learn faster and trust old actions
     buffer_size: int = 1_000_000  # transitions in the replay memory; 7 kB each
     batch_size: int = 32  # transitions per gradient step
 
@@ -379,13 +381,17 @@ class QNetwork(nn.Module):
 
 
 class Batch(NamedTuple):
-    """B transitions: what the agent saw, did and got, what it saw next, and whether the episode ended there."""
+    """B transitions: what the agent saw, did and got, what it saw next, and whether the episode ended there.
+
+    With n_step above 1, B runs of up to n transitions: what was got in all of them, and seen after the last.
+    """
 
     obs: torch.Tensor  # (B, 4, 84, 84) uint8
     actions: torch.Tensor  # (B,)
-    rewards: torch.Tensor  # (B,)
-    next_obs: torch.Tensor  # (B, 4, 84, 84) uint8
+    rewards: torch.Tensor  # (B,): r_t + gamma * r_t+1 + ... over the m <= n transitions
+    next_obs: torch.Tensor  # (B, 4, 84, 84) uint8: m steps later
     terminated: torch.Tensor  # (B,), 1.0 or 0.0
+    discounts: torch.Tensor  # (B,): gamma^m, which weighs the bootstrap
 
 
 class ReplayMemory:
@@ -443,26 +449,38 @@ class ReplayMemory:
         self.newest[envs] = index
         self.filled = max(self.filled, int(index.max()) + 1)
 
-    def sample(self, batch_size: int, device: torch.device) -> Batch:
-        """Draw batch_size transitions uniformly, with replacement."""
-        index = torch.randint(self.filled, (batch_size,)).numpy()
-        while (rejected := np.flatnonzero(~self.arrays["drawable"][index])).size > 0:
+    def sample(self, batch_size: int, n_step: int, gamma: float, device: torch.device) -> Batch:
+        """Draw batch_size transitions uniformly, with replacement, each with the n_step - 1 that followed, or fewer."""
+        arrays, index = self.arrays, torch.randint(self.filled, (batch_size,)).numpy()
+        while (rejected := np.flatnonzero(~arrays["drawable"][index])).size > 0:
             index[rejected] = torch.randint(self.filled, (rejected.size,)).numpy()
 
-        # Frames t-3 .. t+1: obs and next_obs share three of the five, so one gather serves both.
-        window = (index[:, None] + self.num_envs * np.arange(-3, 2)) % self.capacity  # (B, 5)
-        frames = self.arrays["frames"][window]  # (B, 5, 84, 84)
-        # Zero what lies before the start of the episode, as in the stack that the actor saw: frame k is zeroed where an
-        # episode starts at any of k+1 .. t. (None starts at t+1, which belongs to the episode of t.)
-        starts = self.arrays["starts"][window[:, 1:4]]  # (B, 3): frames t-2 .. t
-        frames[:, :3][np.logical_or.accumulate(starts[:, ::-1], axis=1)[:, ::-1]] = 0
+        last, discounts, rewards = index, np.full(batch_size, gamma, np.float32), arrays["rewards"][index]
+        for _ in range(n_step - 1):  # one transition further, unless the episode ends here, or the memory does
+            following = (last + self.num_envs) % self.capacity
+            follows = arrays["drawable"][following]
+            rewards += np.where(follows, discounts * arrays["rewards"][following], 0.0)
+            discounts[follows] *= gamma
+            last = np.where(follows, following, last)
 
-        frames = torch.from_numpy(frames).to(device)
-        actions, rewards, terminated = (
-            torch.from_numpy(self.arrays[name][index].astype(dtype)).to(device)
-            for name, dtype in (("actions", np.int64), ("rewards", np.float32), ("terminated", np.float32))
+        columns = Batch(
+            obs=self.stacks(index),
+            actions=arrays["actions"][index].astype(np.int64),
+            rewards=rewards,
+            next_obs=self.stacks((last + self.num_envs) % self.capacity),
+            terminated=arrays["terminated"][last].astype(np.float32),
+            discounts=discounts,
         )
-        return Batch(frames[:, :4], actions, rewards, frames[:, 1:], terminated)
+        return Batch(*(torch.from_numpy(column).to(device) for column in columns))
+
+    def stacks(self, index: np.ndarray) -> np.ndarray:
+        """Return the observations of these indices as the actor saw them: (B,) -> (B, 4, 84, 84)."""
+        window = (index[:, None] + self.num_envs * np.arange(-3, 1)) % self.capacity  # (B, 4): slots t-3 .. t
+        frames = self.arrays["frames"][window]
+        # Zero what lies before the start of the episode: frame k where an episode starts at any of k+1 .. t.
+        starts = self.arrays["starts"][window[:, 1:]]
+        frames[:, :3][np.logical_or.accumulate(starts[:, ::-1], axis=1)[:, ::-1]] = 0
+        return frames
 
     def state_dict(self) -> dict:
         arrays = {name: torch.from_numpy(array[: self.filled]) for name, array in self.arrays.items()}
@@ -576,10 +594,10 @@ def train(args: Args) -> dict:
 
             # Learn: one gradient step per train_frequency transitions, however many environments there are.
             while gradient_steps < (global_step - learning_starts) // args.train_frequency:
-                batch = memory.sample(args.batch_size, device)
+                batch = memory.sample(args.batch_size, args.n_step, args.gamma, device)
                 with torch.no_grad():
                     next_q_values = target_network(batch.next_obs)
-                loss, q_taken = td_loss(q_network(batch.obs), next_q_values, batch, args.gamma, args.loss)
+                loss, q_taken = td_loss(q_network(batch.obs), next_q_values, batch, batch.discounts, args.loss)
                 optimizer.zero_grad()
                 loss.backward()
                 if args.max_grad_norm > 0:

@@ -9,6 +9,7 @@ import torch
 from dqn_atari import ReplayMemory, push_frames
 
 CPU = torch.device("cpu")
+GAMMA = 0.5  # sums of rewards with it are exact
 
 
 class Naive:
@@ -20,15 +21,26 @@ class Naive:
     def observe(self, env, stack):
         self.rows[env].append([stack.copy(), None])
 
-    def valid(self, slots):
-        """What a ring of `slots` must still be able to draw: all with an action, but for the oldest three."""
+    def valid(self, slots, n_step):
+        """What a ring of `slots` must still be able to draw: all with an action, but for the oldest three.
+
+        Each with the transitions that follow in its episode, n_step in all, as far as they have happened.
+        """
         for rows in self.rows:
             oldest = max(0, len(rows) - slots + 3)
-            yield from (row for row in rows[oldest:] if row[1] is not None)
+            for first in range(oldest, len(rows)):
+                if rows[first][1] is None:
+                    continue
+                followers = [transition for _, transition in rows[first : first + n_step]]
+                chain = followers[: followers.index(None)] if None in followers else followers
+                obs, action, *_ = chain[0]
+                *_, next_obs, terminated = chain[-1]
+                reward = sum(GAMMA**k * transition[2] for k, transition in enumerate(chain))
+                yield key(obs, action, reward, next_obs, terminated, GAMMA ** len(chain))
 
 
-def key(obs, action, reward, next_obs, terminated):
-    return obs.tobytes(), int(action), float(reward), next_obs.tobytes(), bool(terminated)
+def key(obs, action, reward, next_obs, terminated, discount):
+    return obs.tobytes(), int(action), float(reward), next_obs.tobytes(), bool(terminated), float(discount)
 
 
 class Run:
@@ -65,30 +77,31 @@ class Run:
         push_frames(self.stacks, first, ended)
         for env in range(n):
             row = self.naive.rows[env]
-            row[-1][1] = key(before[env], actions[env], rewards[env], next_stacks[env], terminated[env])
+            row[-1][1] = (before[env], actions[env], rewards[env], next_stacks[env], terminated[env])
             self.naive.observe(env, next_stacks[env])
             if ended[env]:
                 self.naive.observe(env, self.stacks[env])
         self.memory.add(actions, rewards, last, terminated, ended, first)
 
-    def expected(self):
-        return [row[1] for row in self.naive.valid(self.memory.capacity // self.n)]
+    def expected(self, n_step):
+        return list(self.naive.valid(self.memory.capacity // self.n, n_step))
 
 
 def num_drawable(memory):
     return int(memory.arrays["drawable"].sum())
 
 
-def drawn(memory, batch_size, seed=0):
+def drawn(memory, batch_size, seed=0, n_step=1):
     torch.manual_seed(seed)
-    return [key(*row) for row in zip(*(column.numpy() for column in memory.sample(batch_size, CPU)), strict=True)]
+    batch = memory.sample(batch_size, n_step, GAMMA, CPU)
+    return [key(*row) for row in zip(*(column.numpy() for column in batch), strict=True)]
 
 
-def check(run):
-    expected = run.expected()
+def check(run, n_step=1):
+    expected = run.expected(n_step)
     assert num_drawable(run.memory) == len(expected)
     # 12 draws per transition leave one out with probability e^-12 each.
-    assert set(drawn(run.memory, 12 * len(expected) + 64)) == set(expected)
+    assert set(drawn(run.memory, 12 * len(expected) + 64, n_step=n_step)) == set(expected)
 
 
 @pytest.mark.parametrize("num_envs, buffer_size", [(1, 1), (1, 7), (1, 23), (2, 20), (3, 31), (5, 17), (8, 64)])
@@ -102,12 +115,23 @@ def test_equals_a_memory_of_whole_stacks(num_envs, buffer_size, end_rate):
             check(run)
 
 
+@pytest.mark.parametrize("num_envs, buffer_size", [(1, 23), (3, 31)])
+@pytest.mark.parametrize("end_rate", [0.0, 0.15, 0.6])
+@pytest.mark.parametrize("n_step", [2, 3, 7])
+def test_n_step_equals_a_memory_of_whole_stacks(n_step, num_envs, buffer_size, end_rate):
+    run = Run(num_envs, buffer_size, seed=n_step, end_rate=end_rate)
+    for step in range(2 * run.memory.capacity // num_envs + 5):
+        run.step()
+        if step < 4 or step % 4 == 0:
+            check(run, n_step)
+
+
 def test_next_obs_of_an_ended_episode_is_its_last_observation():
     memory = ReplayMemory(10, 1)
     frame = {name: np.full((1, 84, 84), value, np.uint8) for value, name in enumerate(["first", "last", "reset"], 1)}
     memory.begin(frame["first"])
     memory.add([2], [1.0], frame["last"], np.array([False]), np.array([True]), frame["reset"])
-    obs, actions, rewards, next_obs, terminated = memory.sample(3, CPU)
+    obs, actions, rewards, next_obs, terminated, _ = memory.sample(3, 1, GAMMA, CPU)
     assert obs[:, :, 0, 0].tolist() == [[0, 0, 0, 1]] * 3
     assert next_obs[:, :, 0, 0].tolist() == [[0, 0, 1, 2]] * 3
     assert (actions.tolist(), rewards.tolist(), terminated.tolist()) == ([2] * 3, [1.0] * 3, [0.0] * 3)
@@ -116,10 +140,11 @@ def test_next_obs_of_an_ended_episode_is_its_last_observation():
 def test_types_and_shapes():
     run = Run(3, 30, seed=0)
     run.step()
-    obs, actions, rewards, next_obs, terminated = run.memory.sample(32, CPU)
+    obs, actions, rewards, next_obs, terminated, discounts = run.memory.sample(32, 3, GAMMA, CPU)
     assert obs.shape == next_obs.shape == (32, 4, 84, 84) and obs.dtype == next_obs.dtype == torch.uint8
-    assert actions.shape == rewards.shape == terminated.shape == (32,)
-    assert (actions.dtype, rewards.dtype, terminated.dtype) == (torch.int64, torch.float32, torch.float32)
+    assert actions.shape == rewards.shape == terminated.shape == discounts.shape == (32,)
+    assert actions.dtype == torch.int64
+    assert {rewards.dtype, terminated.dtype, discounts.dtype} == {torch.float32}
 
 
 def test_draws_are_uniform_and_repeatable():
@@ -137,7 +162,7 @@ def test_draws_are_uniform_and_repeatable():
 def test_batches_do_not_share_memory_with_the_ring():
     run = Run(2, 20, seed=2)
     run.step()
-    obs = run.memory.sample(4, CPU)[0]
+    obs = run.memory.sample(4, 1, GAMMA, CPU)[0]
     kept = obs.clone()
     run.memory.arrays["frames"][:] = 0
     assert torch.equal(obs, kept)

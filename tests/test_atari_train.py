@@ -1,0 +1,124 @@
+"""dqn_atari.py as a whole, on short runs of real games: optimiser, precision, counts, resume, memory, learning."""
+
+import csv
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+
+from dqn_atari import Args, QNetwork, make_env, make_optimizer, train
+
+SHORT = {
+    **{"total_timesteps": 600, "learning_starts": 200, "buffer_size": 1_000, "num_envs": 2, "vec_env": "dummy"},
+    **{"time_limit": 30, "eval_every": 10_000, "final_eval_episodes": 1, "batch_size": 4},
+}
+
+
+def run(tmp_path, name="run", **changes):
+    return train(Args(**{**SHORT, "run_dir": str(tmp_path / name), **changes}))
+
+
+# --- The optimiser ---
+
+
+def test_rmsprop_is_the_one_that_the_flags_describe():
+    weight = torch.nn.Parameter(torch.tensor([1.0]))
+    flags = {"optimizer": "rmsprop", "learning_rate": 0.1, "rmsprop_alpha": 0.75, "optimizer_eps": 0.5}
+    optimizer = make_optimizer([weight], Args(**SHORT, **flags))
+    mean_square, expected = 0.0, 1.0
+    for gradient in (2.0, -1.0):
+        weight.grad = torch.tensor([gradient])
+        optimizer.step()
+        mean_square = 0.75 * mean_square + 0.25 * gradient**2
+        expected -= 0.1 * gradient / (mean_square**0.5 + 0.5)
+    assert weight.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "flag, size",
+    [("max_grad_value", lambda g: g.abs().max()), ("max_grad_norm", lambda g: g.norm())],
+    ids=["value", "norm"],
+)
+def test_the_optimiser_gets_clipped_gradients(flag, size, tmp_path, monkeypatch):
+    sizes, step = [], torch.optim.RMSprop.step
+
+    def watched(optimizer):
+        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        sizes.append(size(torch.cat(gradients)).item())
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.RMSprop, "step", watched)
+    run(tmp_path, "free", optimizer="rmsprop", total_timesteps=280)
+    assert len(sizes) == 20 and max(sizes) > 1e-3
+    sizes.clear()
+    run(tmp_path, "clipped", optimizer="rmsprop", total_timesteps=280, **{flag: 1e-3})
+    assert len(sizes) == 20 and max(sizes) == pytest.approx(1e-3, rel=1e-3)
+
+
+# --- The network ---
+
+
+def networks():
+    """The same weights in both precisions."""
+    env = make_env(Args(**SHORT))
+    torch.manual_seed(0)
+    plain = QNetwork(env.observation_space, env.action_space, Args(**SHORT))
+    half = QNetwork(env.observation_space, env.action_space, Args(**SHORT, precision="bfloat16"))
+    half.load_state_dict(plain.state_dict())
+    return plain, half
+
+
+def test_bfloat16_rounds_and_does_no_more():
+    plain, half = networks()
+    obs = torch.randint(0, 256, (64, 4, 84, 84), dtype=torch.uint8)
+    exact, rounded = plain(obs), half(obs)
+    assert exact.dtype == rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    assert (exact - rounded).abs().max() < 0.02 * exact.abs().max()
+    assert {p.dtype for p in half.parameters()} == {torch.float32}  # what the optimiser moves is never rounded
+
+
+def test_pixels_are_divided_by_255_once():
+    plain, _ = networks()
+    seen = []
+    plain.layers[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    plain(torch.full((1, 4, 84, 84), 255, dtype=torch.uint8))
+    assert seen[0].min() == seen[0].max() == 1.0
+
+
+# --- Counts and resume ---
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 8])
+@pytest.mark.parametrize("train_frequency, target_frequency", [(4, 40), (16, 100)])
+def test_gradient_steps_do_not_depend_on_the_number_of_games(num_envs, train_frequency, target_frequency, tmp_path):
+    result = run(
+        tmp_path, num_envs=num_envs, train_frequency=train_frequency, target_frequency=target_frequency, batch_size=1
+    )
+    assert 600 <= result["global_step"] < 600 + num_envs
+    assert result["gradient_steps"] == (result["global_step"] - 200) // train_frequency
+    assert result["target_syncs"] == result["gradient_steps"] * train_frequency // target_frequency
+
+
+@pytest.mark.parametrize("checkpoint_memory", [False, True])
+def test_a_resumed_run_learns_on_at_once_only_with_its_memory(checkpoint_memory, tmp_path, capsys):
+    first = run(tmp_path, checkpoint_memory=checkpoint_memory)
+    assert first["gradient_steps"] == 100
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert ("memory" in saved) == checkpoint_memory
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    args |= {"resume": str(tmp_path / "run"), "run_dir": "", "total_timesteps": 1_000}
+    capsys.readouterr()
+    result = train(Args(**args))
+    assert ("no learning until 200 transitions" in capsys.readouterr().out) != checkpoint_memory
+    # 400 more transitions make 100 gradient steps, or 50 after 200 transitions that refill the memory.
+    assert result["gradient_steps"] == (200 if checkpoint_memory else 150)
+
+
+def test_everything_but_the_replay_memory_takes_less_than_half_a_gigabyte(python, tmp_path):
+    done = python(ROOT / "benchmarks" / "atari_memory.py", "--buffer-size", 30_000, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (row,) = csv.DictReader((tmp_path / "atari_memory.csv").open())
+    assert int(row["frames"]) >= 30_000 * 84 * 84
+    assert 100e6 < int(row["everything_else"]) < 500e6
