@@ -35,34 +35,40 @@ Forty minutes on two CPU cores:
         --target-frequency 2000 --learning-starts 20000 --buffer-size 400000 --exploration-steps 250000 \
         --learning-rate 2e-4 --precision bfloat16
 
-Measured with it, one run, seed 1: the mean score of the last 100 training games passes 69.9 (where the example of
-Stable-Baselines3's documentation ends, after 3.9 million transitions) at 742,000 transitions and 29 minutes, peaks at
-88.4 and is 74.8 at the end, 40 minutes. The final network scores 55.9 over 30 games at epsilon 0.01, the best one
-85.7: with this learning rate the curve is not yet stable. The default run of 10 million transitions was not measured.
+Measured with it, one run, seed 1: the mean score of the last 100 training games passes 69.9 at 742,000 transitions and
+29 minutes, peaks at 88.4, and is 74.8 at the end, 40 minutes. (The example of Stable-Baselines3's documentation ends at
+69.9, after 3.9 million transitions.) The final network scores 55.9 +- 58.6 over 30 games, the best one 85.7: with this
+learning rate the curve is not yet steady. The default run of 10 million transitions was not measured.
 
-Is my run healthy?       at 10 %    at 50 %    at 100 % of those 1,000,000 transitions
-    training return      2.7        54         75         (a random player: about 1.3)
-    loss                 0.003      0.02       0.03       (rising, with spikes, as the Q-values grow)
-    mean Q(s, a)         0.5        3.3        6.3
+Is my run healthy?       at 10 %    at 50 %    at 100 %     of those 1,000,000 transitions
+    training return      2.7        54         75           (a random player: about 1.3)
+    evaluations          24, 53, 94 and 28, at each quarter (of 5 games: noisy)
+    loss                 0.002      0.008      0.03         (medians of the 50,000 transitions before; with spikes)
+    mean Q(s, a)         0.3        3.0        6.1          (the same)
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
-of play. A gradient step comes every 4 transitions, a copy to the target network every 1,000 transitions, which are
-250 gradient steps; the Nature paper's 10,000 are gradient steps. An episode's length is in frames.
+of play. A gradient step comes every 4 transitions, a copy to the target network every 1,000 transitions, which are 250
+gradient steps. A game's length, train/episode_length, is in frames.
 
 A memory of a million transitions needs 7 GB, each game's process 15 MB of its own. Evaluations run in the main
 process while the others idle. A resumed run refills its memory before it learns on, unless --checkpoint-memory wrote
 it: expect a dip.
 
-Differences from the paper: Adam 1e-4 instead of RMSProp, more frequent target copies, 10 million transitions instead
-of 50, epsilon down to 0.01 instead of 0.1 (and 0.01 in evaluations, not 0.05), learning from 80,000 transitions on
-instead of 50,000, FIRE pressed where a game waits for it, several games side by side, a bootstrap where a game runs
-out of time. As there: no-op starts, 4 frames per action, the maximum of the last two, one life per episode, rewards
--1, 0, 1, the TD error clipped (Huber loss). No double or dueling networks, no prioritised replay; n-step returns
-(Sutton 1988; in DQN: Hessel et al., "Rainbow", 2018) are off unless --n-step asks for them.
+Training and evaluation differ in one thing that matters. An evaluation plays a game through: after a lost life nothing
+presses FIRE but the agent, which has rarely seen that screen. A training episode is a life, and begins with FIRE.
+
+Differences from the paper: Adam 1e-4 instead of RMSProp, target copies every 250 gradient steps instead of 10,000, 10
+million transitions instead of 50, epsilon down to 0.01 instead of 0.1 (and 0.01 in evaluations, of whole games, not
+0.05 and 5 minutes), falling from the first transition on, learning from 80,000 transitions on instead of 50,000. Where
+action 1 is FIRE, it and action 2 are pressed as an episode begins. Several games side by side; a bootstrap where a game
+runs out of time. As there: no-op starts, 4 frames per action, the maximum of the last two, one life per episode,
+rewards -1, 0, 1, a gradient step every 4 actions, the TD error clipped (Huber loss). No double or dueling networks, no
+prioritised replay; n-step returns (Hessel et al., "Rainbow", AAAI 2018) only where --n-step asks for them.
 
 Differences from dqn_cartpole.py, by section. Environment: AtariGame, push_frames. Network: convolutions, bfloat16.
-Replay memory: frames. Equations: make_optimizer. Training: stacks of frames; a constant learning rate; refilling the
-memory after a resume. Evaluation: whole games, raw score, at --eval-epsilon.
+Replay memory: frames, n-step returns. Equations: make_optimizer. Training: stacks of frames; a constant learning rate;
+refilling the memory after a resume. Evaluation: whole games, raw score, at --eval-epsilon. On a CPU the same seed gives
+the same parameters; a resumed run does not, since its games begin anew.
 """
 
 import argparse
@@ -111,7 +117,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto is CUDA where there is one, else the CPU
     run_dir: str = ""  # where to write the run (default: runs/{env}__{script}__{seed}__{time})
     checkpoint_every: int = 250_000  # transitions between checkpoints
-    checkpoint_memory: bool = False  # write the replay memory too: 7 GB for a million transitions
+    checkpoint_memory: bool = False  # write the replay memory too: 7 GB for a million transitions, twice while writing
     resume: str = ""  # run directory of a stopped run: continue it
     play: str = ""  # checkpoint file: evaluate it, without training
     render: bool = False  # show environment 0 in a window
@@ -121,18 +127,18 @@ class Args:
 
     # environment
     num_envs: int = 8  # games that are played side by side
-    vec_env: Literal["dummy", "subproc"] = "subproc"  # in this process, or a process each, which slow ones repay
+    vec_env: Literal["dummy", "subproc"] = "subproc"  # in this process; or a process each, for slow steps
     time_limit: int | None = None  # steps per game in place of the emulator's own limit, 27,000; -1 removes it
 
     # algorithm
     total_timesteps: int = 10_000_000  # transitions, summed over the environments; 4 emulator frames each
     target_return: float | None = None  # end the run once the last 100 training games have this mean score
-    learning_starts: int = 80_000  # transitions before the first gradient step
+    learning_starts: int = 80_000  # transitions before the first gradient step, and to refill the memory at a resume
     train_frequency: int = 4  # transitions per gradient step
     target_frequency: int = 1_000  # transitions per update of the target network
     tau: float = 1.0  # how far that update moves the target network to the online one; 1 makes it a copy
     gamma: float = 0.99  # discount per step
-    n_step: int = 1  # rewards in a TD target before the bootstrap; more than 1 learn faster and trust old actions
+    n_step: int = 1  # rewards in a TD target before the bootstrap; nothing corrects for actions of old networks
     buffer_size: int = 1_000_000  # transitions in the replay memory; 7 kB each
     batch_size: int = 32  # transitions per gradient step
 
@@ -148,14 +154,14 @@ class Args:
     optimizer_eps: float = 1e-8  # added to the root mean square that is divided by (DeepMind adds it under the root)
     rmsprop_alpha: float = 0.95  # smoothing of RMSProp's mean square
     loss: Literal["mse", "huber"] = "huber"  # loss of the TD error: its square, or linear beyond 1
-    max_grad_norm: float = 0.0  # clips the global norm of the gradient; 0 does not
-    max_grad_value: float = 0.0  # clips each entry of the gradient; 0 does not
+    max_grad_norm: float = 0.0  # largest global norm of the gradient; 0: not clipped
+    max_grad_value: float = 0.0  # largest absolute entry of the gradient; 0: not clipped
     precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is faster where the processor has it
 
     # evaluation
     eval_every: int = 250_000  # transitions between evaluations
     eval_episodes: int = 5  # whole games per evaluation
-    eval_epsilon: float = 0.01  # probability of a random action in evaluations; frees an agent that waits for FIRE
+    eval_epsilon: float = 0.01  # probability of a random action in evaluations; 0 may wait for FIRE for ever
     final_eval_episodes: int = 30  # whole games at the end, on seeds that were not used to choose the best network
 
     def __post_init__(self):
@@ -168,9 +174,11 @@ class Args:
             self, "target_frequency", self.target_frequency >= self.train_frequency, "give --train-frequency or more"
         )
         # The memory takes its pages as it fills: without this check a run would be killed hours after its start.
-        needed = self.buffer_size * (84 * 84 + 8)  # bytes: a frame, and what else belongs to a transition
+        copies = 2 if self.resume and self.checkpoint_memory else 1  # a checkpoint is read whole, then copied
+        needed = copies * self.buffer_size * (84 * 84 + 8)  # bytes: a frame, and what else belongs to a transition
         room = int(0.9 * psutil.virtual_memory().available)  # the rest is for the network and the workers
-        fits = f"takes {needed / 1e9:.1f} GB where {room / 1e9:.1f} GB are free; {room // 7064} transitions would fit"
+        fitting = room // copies // (84 * 84 + 8)
+        fits = f"takes {needed / 1e9:.1f} GB where {room / 1e9:.1f} GB are free; {fitting} transitions would fit"
         require(self, "buffer_size", needed < room or self.play != "", fits)
 
 
@@ -181,12 +189,12 @@ class AtariGame(gym.Wrapper):
     """A game as the agent meets it: one 84x84 grey frame and one reward for every 4 emulator frames.
 
     The preprocessing of the Nature paper (Mnih et al., 2015, Methods), in one class so that its order can be read.
-    Four frames per action make 15 decisions a second of 60: a reward is a quarter as many steps from its cause, so it
-    is discounted less and the bootstrap carries it back sooner (in Breakout from the brick to the paddle, dozens of
-    steps before), and things move visibly from one observation to the next.
+    Four frames per action make 15 decisions a second instead of 60. A reward then follows its cause after a quarter as
+    many steps (in Breakout about 14, from the paddle to the brick): it is discounted less, and fewer bootstraps carry
+    it back. And things move visibly from one observation to the next.
 
-    It drives the emulator itself, for speed: a full RGB screen is fetched for 2 of 4 frames, and wrappers below this
-    one see no steps. Stacking is left to push_frames.
+    It drives the emulator itself, for speed: a full RGB screen is fetched for 2 of 4 frames only. A wrapper below this
+    one would see no steps. Stacking is left to push_frames.
 
     training=True   an episode is one life, the reward its sign (-1, 0 or 1)
     training=False  an episode is a whole game, the reward the raw score gained
@@ -330,7 +338,7 @@ def make_envs(args: Args):
         return DummyVecEnv([partial(make_env, args, render_mode=mode) for mode in render_modes])
     if "forkserver" in multiprocessing.get_all_start_methods():
         # Every worker imports this script again. From a fork server that has imported the heavy libraries once it gets
-        # them as shared pages: 15 MB of its own instead of 160, and no second of imports.
+        # them as shared pages: 15 MB of its own instead of 170, and no seconds of imports.
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
     return SubprocVecEnv([partial(make_worker_env, args, render_mode=mode) for mode in render_modes])
 
@@ -401,15 +409,17 @@ class ReplayMemory:
     next slot. The rings are interleaved in flat arrays: index = slot * num_envs + env, and the same environment's next
     slot is num_envs further on, modulo the capacity.
 
+    The end of an episode takes two slots: its last observation, then the first one of the next episode.
+
     A transition is named by the index of its observation. What may be drawn is marked drawable; excluded are
       - observations that ended an episode, and the newest of each environment: no action was taken there;
       - the 3 oldest of a full ring: the frames before them, which are part of their stack, are overwritten.
-    So every ended episode costs one transition: slightly fewer than buffer_size fit.
+    So every ended episode costs a slot: slightly fewer transitions than buffer_size fit.
     """
 
     def __init__(self, buffer_size: int, num_envs: int):
         self.num_envs = num_envs
-        slots = math.ceil(buffer_size / num_envs) + 5  # the 3 oldest, the newest, one that ended an episode
+        slots = math.ceil(buffer_size / num_envs) + 5  # of each: the 3 oldest, the newest, one that ended an episode
         self.capacity = slots * num_envs
         self.arrays = {
             "frames": np.empty((self.capacity, 84, 84), np.uint8),  # takes physical memory only as it is written
@@ -419,7 +429,7 @@ class ReplayMemory:
             "starts": np.zeros(self.capacity, bool),  # first observation of an episode: its stack holds zeros before it
             "drawable": np.zeros(self.capacity, bool),
         }
-        self.newest = np.arange(num_envs) - num_envs  # (n,) index of each environment's newest observation
+        self.newest = np.arange(num_envs) - num_envs  # (n,) index of each one's newest observation; begin makes it 0 ..
         self.filled = 0  # no index from here on has been written
 
     def begin(self, frames: np.ndarray):
@@ -456,7 +466,7 @@ class ReplayMemory:
             index[rejected] = torch.randint(self.filled, (rejected.size,)).numpy()
 
         last, discounts, rewards = index, np.full(batch_size, gamma, np.float32), arrays["rewards"][index]
-        for _ in range(n_step - 1):  # one transition further, unless the episode ends here, or the memory does
+        for _ in range(n_step - 1):  # one transition further, unless the episode ended, or this is the newest
             following = (last + self.num_envs) % self.capacity
             follows = arrays["drawable"][following]
             rewards += np.where(follows, discounts * arrays["rewards"][following], 0.0)
@@ -477,7 +487,8 @@ class ReplayMemory:
         """Return the observations of these indices as the actor saw them: (B,) -> (B, 4, 84, 84)."""
         window = (index[:, None] + self.num_envs * np.arange(-3, 1)) % self.capacity  # (B, 4): slots t-3 .. t
         frames = self.arrays["frames"][window]
-        # Zero what lies before the start of the episode: frame k where an episode starts at any of k+1 .. t.
+        # Zero what lies before the start of the episode: with a start at t-1, frames t-3 and t-2. So frame k is zeroed
+        # where a start stands at any of k+1 .. t.
         starts = self.arrays["starts"][window[:, 1:]]
         frames[:, :3][np.logical_or.accumulate(starts[:, ::-1], axis=1)[:, ::-1]] = 0
         return frames
@@ -597,6 +608,7 @@ def train(args: Args) -> dict:
                 batch = memory.sample(args.batch_size, args.n_step, args.gamma, device)
                 with torch.no_grad():
                     next_q_values = target_network(batch.next_obs)
+                # The bootstrap is weighed by gamma^m, m the number of rewards: 1, or up to n_step.
                 loss, q_taken = td_loss(q_network(batch.obs), next_q_values, batch, batch.discounts, args.loss)
                 optimizer.zero_grad()
                 loss.backward()

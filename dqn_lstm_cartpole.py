@@ -68,12 +68,16 @@ pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient st
    state before it is zeros, which is true, and what the burn-in reads is thrown away.
 
 Differences from the papers: a vector instead of pixels, sequences of a dozen steps instead of 80, one learner with
-environments side by side instead of 256 actors. No prioritised replay, double or dueling networks, or rescaled values.
+environments side by side instead of 256 actors, three rewards per target instead of R2D2's five, a target network that
+moves a little at every gradient step, layer normalisation, a learning rate that falls, a bootstrap where time ran out.
+The network is told the last action, as in R2D2, and not the last reward. No prioritised replay, double or dueling
+networks, or rescaled values. Nearer to Hausknecht and Stone: --initial-state zero --burn-in 0 --n-step 1.
 
-Differences from dqn_cartpole.py, by section. Environment: the hidden velocities, the last action in the observation, a
-shaped reward. Network: the LSTM, and layer normalisation in the head. Replay memory: sequences, and the state before
-each observation. Equations: unroll; the loss of several sequences, with targets of --n-step rewards. Training and
-evaluation: a state per environment, zero where an episode begins; the norm of the gradient is clipped.
+Differences from dqn_cartpole.py, by section. Environment: the hidden velocities, the last action in the observation, an
+optional shaped reward. Network: the LSTM, and layer normalisation in the head. Replay memory: sequences, and the state
+before each observation. Equations: unroll; the loss of several sequences, with targets of --n-step rewards. Training
+and evaluation: a state per environment, zero where an episode begins; the norm of the gradient is clipped. By default
+also more transitions, half as many gradient steps per transition, each on eight times as many steps, and other rates.
 
 The same seed gives the same parameters to the bit, on a CPU with the same versions; so does a run that was interrupted
 and resumed, wherever the environment's state is plain data, as CartPole's is.
@@ -132,9 +136,9 @@ class Args:
 
     # environment
     num_envs: int = 16  # environments that step side by side
-    vec_env: Literal["dummy", "subproc"] = "dummy"  # in this process, or a process each, which slow ones repay
+    vec_env: Literal["dummy", "subproc"] = "dummy"  # in this process; or a process each, for slow steps
     time_limit: int | None = None  # steps per episode in place of the environment's own limit; -1 removes it
-    hide: Literal["velocity", "none"] = "velocity"  # what CartPole does not show; any other environment needs none
+    hide: Literal["velocity", "none"] = "velocity"  # what CartPole does not show; other environments: none
     shaped_reward: bool = False  # CartPole: learn from 1 - |x| - |angle|/0.209, not 1; returns stay the true ones
 
     # algorithm
@@ -150,7 +154,7 @@ class Args:
     batch_size: int = 128  # sequences per gradient step
     sequence_length: int = 8  # steps of a sequence that carry loss (fewer where the episode ends)
     burn_in: int = 4  # steps before them, without loss and gradient, that bring the state up to date
-    initial_state: Literal["stored", "zero"] = "stored"  # what a sequence starts from: the state of that time, or zeros
+    initial_state: Literal["stored", "zero"] = "stored"  # of a sequence: what was remembered then, or zeros
     memory: Literal["lstm", "none"] = "lstm"  # none: feed-forward layers of the same width in place of the LSTM
     hidden_size: int = 64  # units in each layer
     num_layers: int = 1  # layers of the LSTM, or of what stands in its place
@@ -167,7 +171,7 @@ class Args:
     optimizer_eps: float = 1e-5  # added to the root mean square that Adam divides by
     loss: Literal["mse", "huber"] = "mse"  # loss of the TD error: its square, or linear beyond 1
     weight_decay: float = 0.0  # this times a weight is added to its gradient
-    max_grad_norm: float = 10.0  # clips the global norm of the gradient; 0 does not
+    max_grad_norm: float = 10.0  # largest global norm of the gradient; 0: not clipped
 
     # evaluation
     eval_every: int = 5_000  # transitions between evaluations
@@ -191,7 +195,7 @@ class Args:
 
 
 class ShapedReward(gym.Wrapper):
-    """CartPole with a reward that falls before the pole does."""
+    """CartPole with a reward that falls before the pole does: at most 1, and below 0 far from the middle."""
 
     def step(self, action):
         obs, _, *rest = self.env.step(action)
@@ -199,7 +203,10 @@ class ShapedReward(gym.Wrapper):
 
 
 class Positions(gym.ObservationWrapper):
-    """CartPole without velocities: x / 0.1 and angle / 0.02, units in which the moves of one step are not all tiny."""
+    """CartPole without velocities: x / 0.1 and angle / 0.02, units in which the moves of one step are not all tiny.
+
+    With --hide none all four numbers keep CartPole's own units.
+    """
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -283,7 +290,7 @@ def make_envs(args: Args):
         return DummyVecEnv([partial(make_env, args, render_mode=mode) for mode in render_modes])
     if "forkserver" in multiprocessing.get_all_start_methods():
         # Every worker imports this script again. From a fork server that has imported the heavy libraries once it gets
-        # them as shared pages: 15 MB of its own instead of 160, and no second of imports.
+        # them as shared pages: 15 MB of its own instead of 170, and no seconds of imports.
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
     return SubprocVecEnv([partial(make_worker_env, args, render_mode=mode) for mode in render_modes])
 
@@ -303,7 +310,7 @@ class QNetwork(nn.Module):
         self.state_shape = (2, args.num_layers, hidden)  # of one sequence
         if args.memory == "lstm":
             self.lstm = nn.LSTM(inputs, hidden, args.num_layers)
-            for layer in range(args.num_layers):  # forget gates that start open: at 0 they halve the memory every step
+            for layer in range(args.num_layers):  # forget gates that start open: 0 halves the memory each step
                 nn.init.constant_(getattr(self.lstm, f"bias_ih_l{layer}")[hidden : 2 * hidden], 2.0)
         else:  # it remembers nothing, and hands the state through
             sizes = [inputs] + [hidden] * (args.num_layers - 1)
@@ -344,7 +351,7 @@ class Batch(NamedTuple):
 class ReplayMemory:
     """A ring of the last `capacity` transitions, in arrays that are allocated once.
 
-    It holds row after row of a transition per environment: num_envs slots further on is what came next in the same one.
+    slot = row * num_envs + environment: num_envs slots further on is what came next in the same environment.
     """
 
     def __init__(self, capacity: int, num_envs: int, obs_dim: int, state_shape: tuple):
@@ -357,7 +364,7 @@ class ReplayMemory:
             "rewards": np.zeros(capacity, np.float32),
             "next_obs": np.zeros((capacity, obs_dim), np.float32),
             "terminated": np.zeros(capacity, np.float32),
-            "steps": np.zeros(capacity, np.int64),  # of the episode before this one
+            "steps": np.zeros(capacity, np.int64),  # already taken in this episode
             "states": np.zeros((capacity, *state_shape), np.float32),  # of the network, before obs
         }
 
@@ -421,7 +428,7 @@ class Episodes:
         self.steps = np.zeros(state.shape[2], np.int64)
 
     def begin(self, which: np.ndarray):
-        """Forget the episodes that ended, (num_envs,) bool: terminated or truncated, the next one knows nothing."""
+        """Zero the state where an episode ended, (num_envs,) bool: in whichever way."""
         self.state[:, :, which] = 0.0
         self.steps[which] = 0
 
@@ -454,9 +461,9 @@ def td_loss(q_values, next_q_values, batch: Batch, gamma: float, n_step: int, lo
     L   = mean of (y - Q(o_t, a_t))^2, or of Huber's loss: half that square up to an error of 1, linear beyond
 
     No maximum where the episode ended for good. Fewer rewards where it ran out of time, or the sequence ends: the last
-    step of a sequence always has a one-step target. More
-    rewards mean less trust in one's own estimates, and faster news; but the actions in between were those of an older
-    network, or random, and nothing corrects for that (R2D2 does the same with n = 5).
+    step of a sequence always has a one-step target. More rewards mean less trust in one's own estimates, and faster
+    news; but the actions in between were those of an older network, or random, and nothing corrects for that (R2D2 does
+    the same with n = 5). The mean is over all steps that carry loss: each counts alike, however long its sequence.
 
     q_values: Q of the online network, (T, B, A). next_q_values: Q_target one step later, (T, B, A), without gradient.
     """
@@ -516,7 +523,7 @@ def train(args: Args) -> dict:
         if args.resume:
             global_step, gradient_steps, target_syncs = run.restored()
         obs = run.first_obs(train_seed + global_step)  # environment i gets this seed + i
-        if not run.env_states:
+        if not run.env_states:  # new episodes in all environments
             episodes.begin(np.ones(args.num_envs, bool))
 
         while global_step < args.total_timesteps and not run.reached(args.target_return):

@@ -144,7 +144,7 @@ class Args:
     learning_rate_end: float = 0.0  # step size at the end; it falls linearly over total_timesteps
     optimizer_eps: float = 1e-4  # added to the root mean square that Adam divides by: see dqn_cartpole.py
     loss: Literal["mse", "huber"] = "mse"  # loss of the TD error: its square, or linear beyond 1
-    max_grad_norm: float = 0.0  # clips the global norm of the gradient; 0 does not
+    max_grad_norm: float = 0.0  # largest global norm of the gradient; 0: not clipped
 
     # evaluation
     eval_every: int = 4_000  # transitions between evaluations
@@ -212,7 +212,7 @@ def make_envs(args: Args):
         return DummyVecEnv([partial(make_env, args, render_mode=mode) for mode in render_modes])
     if "forkserver" in multiprocessing.get_all_start_methods():
         # Every worker imports this script again. From a fork server that has imported the heavy libraries once it gets
-        # them as shared pages: 15 MB of its own instead of 160, and no second of imports.
+        # them as shared pages: 15 MB of its own instead of 170, and no seconds of imports.
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
     return SubprocVecEnv([partial(make_worker_env, args, render_mode=mode) for mode in render_modes])
 

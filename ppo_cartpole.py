@@ -44,15 +44,17 @@ the values of all its observations are one batch after it, and so are the probab
 computed for all environments at once; a pass shuffles each column once; and Adam is one fused kernel. No distribution
 objects: sampling is four tensor operations. What remains is gradient steps, three quarters of the time.
 
-Differences from the paper: as in the code that its authors released, weights start orthogonal, advantages are
-normalised in each minibatch, and the norm of the gradient is clipped; that code also clips the value loss, which here
-is --clip-value-loss. An episode that ran out of time is not taken for one that ended: the value of its last
-observation is added to the last reward.
+Differences from the paper: as in the code that its authors released (openai/baselines, ppo2), weights start orthogonal,
+advantages are normalised in each minibatch, the value loss is halved, the learning rate and the clip range fall over
+the run, Adam's epsilon is 1e-5, and one norm of the gradient is clipped for both networks; that code also clips the
+value loss, which here is --clip-value-loss. --target-kl is not in the paper either. Gamma and lambda are smaller than
+there. An episode that ran out of time is not taken for one that ended: gamma times the value of its last observation is
+added to the last reward.
 
 Differences from dqn_cartpole.py, by section. Network: actor and critic. Rollout in place of the replay memory.
-Equations: advantages and the clipped losses in place of the TD loss. Training: collect, then learn; no epsilon and no
-target network, since the policy itself is random and nothing is bootstrapped from an action that was not taken.
-Evaluation is the same: the most probable action.
+Equations: advantages and the clipped losses in place of the TD loss. Training: collect, then learn; no epsilon, since
+the policy itself is random, and no target network, since the targets of a rollout are computed once and stand still
+while it is learned from. Evaluation is the same: the most probable action.
 """
 
 import argparse
@@ -106,7 +108,7 @@ class Args:
 
     # environment
     num_envs: int = 32  # environments that step side by side
-    vec_env: Literal["dummy", "subproc"] = "dummy"  # in this process, or a process each, which slow ones repay
+    vec_env: Literal["dummy", "subproc"] = "dummy"  # in this process; or a process each, for slow steps
     time_limit: int | None = None  # steps per episode in place of the environment's own limit; -1 removes it
 
     # algorithm
@@ -116,20 +118,20 @@ class Args:
     update_epochs: int = 8  # passes over each rollout
     num_minibatches: int = 4  # minibatches per pass
     gamma: float = 0.98  # discount per step
-    gae_lambda: float = 0.9  # of generalised advantage estimation: 0 trusts the values alone, 1 the rewards alone
+    gae_lambda: float = 0.9  # of GAE: 0 looks one reward ahead, 1 to the end of the rollout
     norm_advantages: bool = True  # to mean 0 and standard deviation 1, in each minibatch
-    clip_coef: float = 0.2  # the ratio of new to old probability earns nothing outside 1 - clip_coef .. 1 + clip_coef
-    clip_value_loss: bool = False  # clip the change of the values as well
-    value_coef: float = 1.0  # weight of the value loss
+    clip_coef: float = 0.2  # how far the ratio of new to old probability may move from 1 and still gain by it
+    clip_value_loss: bool = False  # clip the change of the values too, by clip_coef: in units of the return
+    value_coef: float = 1.0  # weight of the value loss, which is half the mean squared error
     entropy_coef: float = 0.0  # weight of the entropy bonus
-    target_kl: float | None = None  # end the passes over a rollout once approx_kl is beyond it
+    target_kl: float | None = None  # end the passes over a rollout after one with a larger approx_kl at its end
     hidden_size: int = 64  # units in each of the two hidden layers, of the actor and of the critic
 
     # optimisation
     learning_rate: float = 2e-3  # step size of Adam at the start; it falls linearly to 0 over total_timesteps
     optimizer_eps: float = 1e-5  # added to the root mean square that Adam divides by
     anneal_clip: bool = True  # let clip_coef fall to 0 as well
-    max_grad_norm: float = 0.5  # clips the global norm of the gradient; 0 does not
+    max_grad_norm: float = 0.5  # largest global norm of the gradient; 0: not clipped
 
     # evaluation
     eval_every: int = 3_000  # transitions between evaluations
@@ -194,7 +196,7 @@ def make_envs(args: Args):
         return DummyVecEnv([partial(make_env, args, render_mode=mode) for mode in render_modes])
     if "forkserver" in multiprocessing.get_all_start_methods():
         # Every worker imports this script again. From a fork server that has imported the heavy libraries once it gets
-        # them as shared pages: 15 MB of its own instead of 160, and no second of imports.
+        # them as shared pages: 15 MB of its own instead of 170, and no seconds of imports.
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
     return SubprocVecEnv([partial(make_worker_env, args, render_mode=mode) for mode in render_modes])
 
@@ -203,7 +205,7 @@ def make_envs(args: Args):
 
 
 class ActorCritic(nn.Module):
-    """Two networks that share nothing: obs (B, obs_dim) -> logits (B, num_actions), and obs -> value (B,)."""
+    """Two networks without a shared weight: obs (B, obs_dim) -> logits (B, num_actions), and obs -> value (B,)."""
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
@@ -247,8 +249,9 @@ class Rollout:
 
 
 def compute_gae(rewards, values, ended, gamma: float, gae_lambda: float):
-    """Return advantages and returns, (T, N) each: generalised advantage estimation, Schulman et al. 2016, equation 16.
+    """Return advantages and returns, (T, N) each: generalised advantage estimation (GAE).
 
+    Schulman et al. 2016, equation 16, cut off where the rollout ends:
     delta_t = r_t + gamma * V(s_t+1) - V(s_t)
     A_t     = delta_t + gamma * lambda * A_t+1       return_t = A_t + V(s_t)
 
@@ -286,13 +289,13 @@ def normalise(advantages: torch.Tensor) -> torch.Tensor:
 
 
 def ppo_loss(log_probs, old_log_probs, advantages, clip_coef: float):
-    """Return the clipped surrogate loss, Schulman et al. 2017, equation 7, and the log of the ratio; all (B,) but it.
+    """Return the clipped surrogate loss, Schulman et al. 2017, equation 7, a number, and log(ratio), (B,).
 
     ratio = pi(a|s) / pi_old(a|s)            1 in the first minibatch after a rollout
     L     = -mean(min(ratio * A, clip(ratio, 1 - c, 1 + c) * A))
 
-    The minimum takes the incentive away, and never the correction: beyond the clip range the gradient is 0 where the
-    objective has already gained, and stays where it has lost.
+    A sample has no gradient where its ratio has gone far enough in its favour: where A > 0 and ratio > 1 + c, or A < 0
+    and ratio < 1 - c. Elsewhere it has that of ratio * A: what went the wrong way is corrected from any distance.
     """
     assert log_probs.shape == old_log_probs.shape == advantages.shape  # (B, 1) against (B,) would broadcast to (B, B)
     log_ratio = log_probs - old_log_probs
@@ -450,8 +453,8 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])
     returns, running = np.zeros(num_episodes), list(range(num_episodes))
     while running:
-        q_values = network(torch.as_tensor(obs[running], dtype=torch.float32, device=device))
-        for i, action in zip(tuple(running), q_values.argmax(dim=1).tolist(), strict=True):
+        logits = network(torch.as_tensor(obs[running], dtype=torch.float32, device=device))
+        for i, action in zip(tuple(running), logits.argmax(dim=1).tolist(), strict=True):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
             returns[i] += reward
             if terminated or truncated:

@@ -101,6 +101,17 @@ def test_gradient_steps_do_not_depend_on_the_number_of_games(num_envs, train_fre
     assert result["target_syncs"] == result["gradient_steps"] * train_frequency // target_frequency
 
 
+@pytest.mark.parametrize("vec_env", ["dummy", "subproc"])
+def test_the_same_seed_gives_the_same_parameters(vec_env, tmp_path):
+    networks = []
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        run(tmp_path, name, vec_env=vec_env, seed=seed, batch_size=32)
+        networks.append(torch.load(tmp_path / name / "last.pt", weights_only=True)["network"])
+    first, again, other = networks
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
 @pytest.mark.parametrize("checkpoint_memory", [False, True])
 def test_a_resumed_run_learns_on_at_once_only_with_its_memory(checkpoint_memory, tmp_path, capsys):
     first = run(tmp_path, checkpoint_memory=checkpoint_memory)
