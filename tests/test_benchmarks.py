@@ -8,9 +8,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import differences
 import plot
 import run_seeds
 import speed
@@ -100,3 +101,66 @@ def test_a_picture_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plot.py", "some", "--out", str(tmp_path / "picture.png")])
     plot.main()
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+# --- What the scripts add to one another ---
+
+
+def test_the_page_of_differences_is_that_of_the_scripts():
+    assert (ROOT / "docs" / "differences.md").read_text() == differences.page(), "python benchmarks/differences.py"
+    if "differences.py" in README:
+        assert differences.table() in README
+
+
+@pytest.mark.parametrize("name", differences.OTHERS)
+def test_a_difference_turns_one_script_into_the_other(name):
+    assert ROOT / f"{name}.py" in SCRIPTS
+    signs = []
+    for _, old, new in differences.pairs(name):
+        changes = differences.diff(old, new).splitlines()
+        signs += [line[:1] for line in changes]
+        for sign, lines in ("-", old), ("+", new):
+            ours = [line[1:] for line in changes if line.startswith((sign, " "))]
+            missing = iter(lines)
+            assert all(line in (text.rstrip() for text in missing) for line in ours), sign  # all of them, in order
+    sizes, first = differences.sizes(name), differences.sizes(differences.FIRST)
+    assert (sizes["added"], sizes["removed"]) == (signs.count("+"), signs.count("-"))
+    assert sizes["shared"] + sizes["added"] == sizes["lines"]
+    assert sizes["shared"] + sizes["removed"] == first["lines"] == first["shared"]
+
+
+def test_the_size_of_a_difference(tmp_path, monkeypatch):
+    rule = "# " + "#" * 118
+    first = f"""import os
+
+# === Equations ===
+
+def loss(x):
+    y = 2
+
+    return y
+
+def same():
+    return 1
+
+# === Training ===
+
+def train():
+    pass
+
+{rule}
+x = 1
+"""
+    second = first.replace("import os", "import sys").replace("y = 2", "y = 3").replace("return y", "return y + 1")
+    second = second.replace("    pass\n", "    pass\n\n\nclass New:\n    def method(self):\n        return 2\n")
+    (tmp_path / "dqn_cartpole.py").write_text(first)
+    (tmp_path / "other.py").write_text(second.replace("x = 1", "x = 2"))
+    monkeypatch.setattr(differences, "ROOT", tmp_path)
+    assert differences.sections("other")["Equations"][:2] == ["def loss(x):", "    y = 3"]
+    # The empty line between two changed lines is not one that they share.
+    assert differences.sizes("other") == {"lines": 14, "shared": 6, "added": 8, "removed": 3}
+    (_, old, new), (title, *last) = differences.pairs("other")
+    changes = ["-    y = 2", "-", "-    return y", "+    y = 3", "+", "+    return y + 1"]
+    assert differences.diff(old, new).splitlines() == ["@@ loss @@", " def loss(x):", *changes, "", " def same():"]
+    assert title == "Training" and differences.diff(*last).startswith("@@ New @@\n def train():\n     pass\n+\n+\n")
+    assert differences.enclosing(last[1], 6) == "New.method"
