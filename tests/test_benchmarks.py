@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -164,3 +165,51 @@ x = 1
     assert differences.diff(old, new).splitlines() == ["@@ loss @@", " def loss(x):", *changes, "", " def same():"]
     assert title == "Training" and differences.diff(*last).startswith("@@ New @@\n def train():\n     pass\n+\n+\n")
     assert differences.enclosing(last[1], 6) == "New.method"
+
+
+# --- Seeds over a cluster ---
+
+
+def test_ray_is_asked_for_by_name_where_it_is_missing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(run_seeds, "ROOT", tmp_path)
+    monkeypatch.setattr(run_seeds, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["run_seeds.py", "ppo_cartpole.py", "--ray", "local"])
+    with pytest.raises(SystemExit) as stop:
+        run_seeds.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "run_seeds: --ray needs a package that is not installed: pip install ray\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ray_returns_what_a_process_pool_writes(monkeypatch, tmp_path):
+    asked = []
+
+    def remote(num_cpus):
+        return lambda function: SimpleNamespace(remote=lambda *args: asked.append((num_cpus, args)) or function(*args))
+
+    ray = SimpleNamespace(init=lambda *args, **options: asked.append((args, options)), remote=remote, get=lambda x: x)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(run_seeds, "find_spec", lambda name: True)
+    monkeypatch.setattr(run_seeds, "version", lambda name: "1.2.3")
+    monkeypatch.setattr(run_seeds, "ROOT", tmp_path)
+    monkeypatch.chdir(ROOT)  # as Ray does with working_dir
+    flags = "--total-timesteps 1024 --eval-every 500 --eval-episodes 2 --final-eval-episodes 2"
+    for name, more in ("pool", ["--jobs", "2"]), ("ray", ["--ray", "auto"]):
+        command = ["run_seeds.py", "ppo_cartpole.py", "--seeds", "3", "4", f"--flags={flags}", "--name", name]
+        monkeypatch.setattr(sys, "argv", command + more)
+        run_seeds.main()
+    assert asked[0] == (
+        ("auto",),
+        {"runtime_env": {"working_dir": str(tmp_path), "excludes": ["docs", "benchmarks/results"]}},
+    )
+    assert sorted((cpus, seed) for cpus, (_, seed) in asked[1:]) == [(1, 3), (1, 4)]
+
+    results = tmp_path / "benchmarks" / "results"
+    timed = {"seconds", "wall_seconds", "steps_per_second", "solved_seconds"}
+    for seed in 3, 4:
+        assert (results / "ray" / f"seed_{seed}.csv").read_text() == (results / "pool" / f"seed_{seed}.csv").read_text()
+    ours, theirs = (list(csv.DictReader((results / name / "summary.csv").open())) for name in ("ray", "pool"))
+    assert [row["seed"] for row in ours] == ["3", "4"]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys() and {key for key in one if one[key] != other[key]} <= timed
+    assert json.loads((results / "ray" / "command.json").read_text())["jobs"] == "ray 1.2.3"
