@@ -1,6 +1,7 @@
 """What the README shows is what the raw data say."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -9,10 +10,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS
+import torch
+from conftest import ROOT, SCRIPTS, load
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import differences
+import pictures
 import plot
 import run_seeds
 import speed
@@ -213,3 +216,70 @@ def test_ray_returns_what_a_process_pool_writes(monkeypatch, tmp_path):
     for one, other in zip(ours, theirs, strict=True):
         assert one.keys() == other.keys() and {key for key in one if one[key] != other[key]} <= timed
     assert json.loads((results / "ray" / "command.json").read_text())["jobs"] == "ray 1.2.3"
+
+
+# --- Pictures of what a network sees and expects ---
+
+
+def untrained(script, path, **flags):
+    """Write a checkpoint of a network that learned nothing; return its script's module."""
+    module = load(ROOT / f"{script}.py")
+    args = module.Args(play="none", **flags)  # play: no memory is asked for
+    env = module.make_env(args)
+    torch.manual_seed(0)
+    network = module.QNetwork(env.observation_space, env.action_space, args)
+    torch.save({"script": script, "args": dataclasses.asdict(args), "network": network.state_dict()}, path)
+    return module
+
+
+def test_a_discounted_return_ends_with_its_life():
+    rewards, terminated = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.0, 1.0, 0.0, 0.0])
+    np.testing.assert_array_equal(pictures.discounted_returns(rewards, terminated, 0.5), [2.0, 2.0, 5.0, 4.0])
+
+
+def test_an_episode_is_played_with_the_network_of_the_checkpoint(tmp_path):
+    untrained("dqn_cartpole", tmp_path / "best.pt")
+    script, args, network = pictures.load(tmp_path / "best.pt")
+    steps = list(pictures.play(script, args, network, 500, seed=7))
+    obs = torch.from_numpy(np.stack([step.obs for step in steps]))
+    with torch.no_grad():
+        q_values = network(obs)
+    np.testing.assert_allclose([step.q_max for step in steps], q_values.max(dim=1).values, rtol=1e-5)
+
+    env = script.make_env(args)
+    np.testing.assert_array_equal(obs[0], env.reset(seed=7)[0])
+    for action, step, after in zip(q_values.argmax(dim=1).tolist(), steps, [*obs[1:], None], strict=True):
+        expected, reward, terminated, _, _ = env.step(action)
+        assert (reward, terminated) == (step.reward, step.terminated) == (1.0, after is None)
+        assert after is None or np.array_equal(after, expected)
+
+
+def test_a_game_is_played_as_the_network_sees_it(tmp_path):
+    untrained("dqn_atari", tmp_path / "best.pt", eval_epsilon=1.0)
+    steps = list(pictures.play(*pictures.load(tmp_path / "best.pt"), 1_500, seed=1, screens=True))
+    lives = np.flatnonzero([step.terminated for step in steps])
+    assert len(lives) == 5 and lives[-1] == len(steps) - 1  # a whole game of Breakout
+    assert {step.reward for step in steps} == {0.0, 1.0}
+    assert steps[0].screen.shape == (210, 160, 3)
+    for t in range(1, len(steps)):
+        before = np.zeros((3, 84, 84), np.uint8) if t - 1 in lives else steps[t - 1].obs[1:]
+        np.testing.assert_array_equal(steps[t].obs[:3], before)
+        assert steps[t].obs[3].any()
+
+
+@pytest.mark.parametrize("script, what", [(name, what) for what, names in pictures.SCRIPTS.items() for name in names])
+def test_a_picture_of_a_network_is_drawn(script, what, tmp_path, monkeypatch):
+    untrained(script, tmp_path / "best.pt")
+    out = tmp_path / "new" / "picture.png"
+    command = [what, str(tmp_path / "best.pt"), str(out), "--steps", "30", "--step", "20"]
+    monkeypatch.setattr(sys, "argv", ["pictures.py", *command])
+    pictures.main()
+    assert out.stat().st_size > 10_000
+
+
+def test_a_network_without_q_values_is_refused(tmp_path, monkeypatch, capsys):
+    torch.save({"script": "ppo_cartpole"}, tmp_path / "best.pt")
+    monkeypatch.setattr(sys, "argv", ["pictures.py", "q-values", str(tmp_path / "best.pt"), str(tmp_path / "x.png")])
+    with pytest.raises(SystemExit) as stop:
+        pictures.main()
+    assert stop.value.code == 2 and "not of ppo_cartpole" in capsys.readouterr().err
