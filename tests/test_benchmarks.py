@@ -8,6 +8,7 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ import differences
 import pictures
 import plot
 import run_seeds
+import sb3_cartpole
 import speed
 import table
 import vec_env_cost
@@ -283,3 +285,46 @@ def test_a_network_without_q_values_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         pictures.main()
     assert stop.value.code == 2 and "not of ppo_cartpole" in capsys.readouterr().err
+
+
+# --- Stable-Baselines3 at the same work ---
+
+
+def test_the_peers_episodes_are_those_of_each_seed():
+    seen = []
+    policy = SimpleNamespace(predict=lambda obs, deterministic: (seen.append(deterministic) or np.int64(obs[:, 2] > 0), None))
+    returns = sb3_cartpole.evaluate(policy, 4, seed=10)
+    for i, total in enumerate(returns):
+        env = gym.make("CartPole-v1")
+        (obs, _), rewards, ended = env.reset(seed=10 + i), 0.0, False
+        while not ended:
+            obs, reward, terminated, truncated, _ = env.step(int(obs[2] > 0))
+            rewards, ended = rewards + reward, terminated or truncated
+        assert rewards == total
+    assert all(seen) and len(set(returns)) > 1
+
+
+@pytest.mark.parametrize("algorithm", ["dqn", "ppo"])
+def test_the_peers_results_have_the_form_of_ours(algorithm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_seeds, "ROOT", tmp_path)
+    monkeypatch.setattr(sb3_cartpole, "EVAL_EVERY", 250)
+    monkeypatch.setattr(sb3_cartpole, "EVAL_EPISODES", 2)
+    monkeypatch.setattr(sb3_cartpole, "FINAL_EVAL_EPISODES", 3)
+    command = ["sb3_cartpole.py", algorithm, "--seeds", "4", "5", "--total-timesteps", "1200"]
+    monkeypatch.setattr(sys, "argv", command)
+    sb3_cartpole.main()
+    out = tmp_path / "benchmarks" / "results" / f"sb3_{algorithm}_cartpole"
+    rows = list(csv.DictReader((out / "summary.csv").open()))
+    assert [row["seed"] for row in rows] == ["4", "5"]
+    ours = csv.DictReader((ROOT / "benchmarks" / "results" / f"{algorithm}_cartpole" / "summary.csv").open())
+    assert list(rows[0]) == ours.fieldnames
+    assert json.loads((out / "command.json").read_text())["command"] == "python benchmarks/" + " ".join(command)
+    for row in rows:
+        assert 1_200 <= int(row["global_step"]) <= 1_200 + 256 and int(row["gradient_steps"]) > 0
+        steps, means = plot.curve(out / f"seed_{row['seed']}.csv", "eval/return_mean")
+        assert ((steps % 250 < 8) & (steps >= 250)).all() and len(steps) == 1_200 // 250 + (steps[-1] >= 1_250)
+        assert float(row["worst_late_evaluation"]) == means[steps > 0.8 * steps[-1]].min()
+        assert float(row["seconds"]) < float(row["wall_seconds"])
+    capsys.readouterr()
+    sb3_cartpole.main()
+    assert capsys.readouterr().out == ""  # both have their rows
