@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import datetime
 import json
 import re
 import shutil
@@ -328,3 +329,34 @@ def test_the_peers_results_have_the_form_of_ours(algorithm, tmp_path, monkeypatc
     capsys.readouterr()
     sb3_cartpole.main()
     assert capsys.readouterr().out == ""  # both have their rows
+
+
+# --- What a visitor finds ---
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "checkpoints").glob("*.pt")), ids=lambda path: path.stem)
+def test_a_checkpoint_of_the_repository_plays(path, cli):
+    script = torch.load(path, weights_only=True)["script"]
+    assert path.stem == script and path.stat().st_size < 100_000
+    status, out, err = cli("--play", path, "--final-eval-episodes", 5, script=f"{script}.py")
+    assert (status, err) == (0, "")
+    assert float(re.fullmatch(r"return (\S+) over 5 episodes .*\n", out)[1]) >= (400 if "lstm" in script else 475)
+
+
+def test_the_repository_has_checkpoints_of_default_runs():
+    paths = {path.stem: path for path in (ROOT / "checkpoints").glob("*.pt")}
+    assert paths.keys() >= {"dqn_cartpole", "dqn_vecenv", "ppo_cartpole"}
+    for name, path in paths.items():
+        defaults = dataclasses.asdict(load(ROOT / f"{name}.py").Args())
+        assert torch.load(path, weights_only=True)["args"].items() <= defaults.items()
+
+
+def test_the_citation_file_says_what_the_format_asks_for():
+    text = (ROOT / "CITATION.cff").read_text()
+    fields = dict(re.findall(r"(?m)^([a-z-]+): *\"?(.*?)\"?$", text))
+    assert fields.items() >= {"cff-version": "1.2.0", "title": "Deep RL in single files", "version": "1.0.0"}.items()
+    assert fields["message"] and (ROOT / "LICENSE").read_text().startswith(f"{fields['license']} License")
+    assert datetime.date.fromisoformat(fields["date-released"]) == datetime.date(2026, 11, 20)
+    assert '\nauthors:\n  - name: "The authors of deep-rl-single-files"\n' in text
+    assert (ROOT / "README.md").read_text().startswith(f"# {fields['title']}\n")
+    assert "http" not in text and "\t" not in text
