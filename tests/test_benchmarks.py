@@ -293,8 +293,12 @@ def test_a_network_without_q_values_is_refused(tmp_path, monkeypatch, capsys):
 
 def test_the_peers_episodes_are_those_of_each_seed():
     seen = []
-    policy = SimpleNamespace(predict=lambda obs, deterministic: (seen.append(deterministic) or np.int64(obs[:, 2] > 0), None))
-    returns = sb3_cartpole.evaluate(policy, 4, seed=10)
+
+    def predict(obs, deterministic):
+        seen.append(deterministic)
+        return np.int64(obs[:, 2] > 0), None
+
+    returns = sb3_cartpole.evaluate(SimpleNamespace(predict=predict), 4, seed=10)
     for i, total in enumerate(returns):
         env = gym.make("CartPole-v1")
         (obs, _), rewards, ended = env.reset(seed=10 + i), 0.0, False
