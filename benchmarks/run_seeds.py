@@ -3,10 +3,16 @@
     python benchmarks/run_seeds.py dqn_cartpole.py --seeds 1 2 3 4 5 6 7 8 9 10
     python benchmarks/run_seeds.py dqn_cartpole.py --seeds 1 2 3 --name eps_1e-8 --flags="--optimizer-eps 1e-8"
     python benchmarks/run_seeds.py dqn_atari.py --name breakout --collect runs/NAME
+    python benchmarks/run_seeds.py dqn_cartpole.py --seeds 1 2 3 4 5 6 7 8 9 10 --ray auto
 
 Writes benchmarks/results/NAME/: summary.csv, a row per seed; seed_N.csv, the evaluations and losses of that run as
 step,metric,value; command.json, the command, the versions and the machine. A seed that has its row is not run again.
 Times are worth something only with --jobs 1 and nothing else on the machine.
+
+Over a cluster: --ray ADDRESS sends each seed to a free core of a Ray cluster (pip install ray). The address is Ray's:
+auto (from a machine of the cluster), HOST:PORT, or local, which starts Ray on this machine. The scripts travel along;
+what requirements.txt lists must be installed on every machine, in the same versions. Where Ray says InvalidAuthToken,
+set RAY_AUTH_MODE=token.
 """
 
 import csv
@@ -19,7 +25,9 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import tyro
@@ -38,7 +46,8 @@ class Args:
     seeds: list[int] = field(default_factory=lambda: list(range(1, 11)))  # one run each
     flags: str = ""  # further flags of the script
     name: str = ""  # directory under benchmarks/results (default: the script's name)
-    jobs: int = 1  # runs at a time
+    jobs: int = 1  # runs at a time on this machine
+    ray: str = ""  # address of a Ray cluster: a run on each of its cores
     collect: str = ""  # directory of a finished run: keep what it reached, run nothing
 
 
@@ -47,14 +56,39 @@ def worst_late(curve: list) -> float:
     return min(mean for step, mean in curve if step > 0.8 * curve[-1][0])
 
 
-def train(args: Args, seed: int, out: Path) -> dict:
+def train(args: Args, out: Path, seed: int, root: Path = ROOT) -> dict:
     """Train one seed in a directory of its own and collect it."""
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder, "run")
-        command = [sys.executable, str(ROOT / args.script), "--seed", str(seed), "--run-dir", str(run_dir)]
+        command = [sys.executable, str(root / args.script), "--seed", str(seed), "--run-dir", str(run_dir)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"} if args.jobs > 1 else None
         subprocess.run([*command, *shlex.split(args.flags)], check=True, stdout=subprocess.DEVNULL, env=environment)
         return collect(run_dir, out)
+
+
+def train_elsewhere(args: Args, seed: int) -> tuple[dict, str]:
+    """Train one seed in a Ray task: its directory holds the repository, its disk is not ours, so the curves return."""
+    with tempfile.TemporaryDirectory() as folder:
+        row = train(args, Path(folder), seed, Path.cwd())
+        return row, Path(folder, f"seed_{seed}.csv").read_text()
+
+
+def ray_trainer(args: Args, out: Path):
+    """Connect to Ray; return train_elsewhere as a function of the seed that waits for its end."""
+    if find_spec("ray") is None:
+        print("run_seeds: --ray needs a package that is not installed: pip install ray", file=sys.stderr)
+        raise SystemExit(2)
+    import ray
+
+    ray.init(args.ray, runtime_env={"working_dir": str(ROOT), "excludes": ["docs", "benchmarks/results"]})
+    task = ray.remote(num_cpus=1)(train_elsewhere)  # Ray sets OMP_NUM_THREADS to 1 with it
+
+    def trainer(seed: int) -> dict:
+        row, curves = ray.get(task.remote(args, seed))
+        (out / f"seed_{seed}.csv").write_text(curves)
+        return row
+
+    return trainer
 
 
 def collect(run_dir: Path, out: Path) -> dict:
@@ -75,39 +109,51 @@ def collect(run_dir: Path, out: Path) -> dict:
     return {**row, "worst_late_evaluation": worst_late(result["evaluation_curve"])}
 
 
+def describe(out: Path, command: str, jobs):
+    """Write command.json: what is run, with which versions, on what machine."""
+    out.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "command": command,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "gymnasium", "stable-baselines3", "numpy")},
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "jobs": jobs,
+    }
+    (out / "command.json").write_text(json.dumps(contents, indent=2) + "\n")
+
+
+def seeds_to_run(seeds: list[int], out: Path) -> list[int]:
+    """Return the seeds without a row in summary.csv."""
+    summary = out / "summary.csv"
+    done = [int(line.split(",")[0]) for line in summary.read_text().splitlines()[1:]] if summary.exists() else []
+    return [seed for seed in seeds if seed not in done]
+
+
+def add_row(row: dict, out: Path):
+    """Append a seed's row to summary.csv, and say what it reached."""
+    new = not (out / "summary.csv").exists()
+    with open(out / "summary.csv", "a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    print(f"seed {row['seed']}: final {row['final_return_mean']:.1f}, worst of the last fifth "
+          f"{row['worst_late_evaluation']:.1f}, {row['seconds']:.1f} s", flush=True)  # fmt: skip
+
+
 def main():
     args = tyro.cli(Args, description=__doc__)
     out = ROOT / "benchmarks" / "results" / (args.name or Path(args.script).stem)
-    out.mkdir(parents=True, exist_ok=True)
-    summary = out / "summary.csv"
-    done = [int(line.split(",")[0]) for line in summary.read_text().splitlines()[1:]] if summary.exists() else []
-    (out / "command.json").write_text(
-        json.dumps(
-            {
-                "command": f"python {args.script} --seed N {args.flags}".strip(),
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "gymnasium", "stable-baselines3", "numpy")},
-                "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-                "jobs": args.jobs,
-            },
-            indent=2,
-        )
-        + "\n"
+    trainer = ray_trainer(args, out) if args.ray else partial(train, args, out)
+    describe(
+        out, f"python {args.script} --seed N {args.flags}".strip(), f"ray {version('ray')}" if args.ray else args.jobs
     )
-    with ThreadPoolExecutor(args.jobs) as pool:
-        if args.collect:
-            rows = [collect(Path(args.collect), out)]
-        else:
-            rows = pool.map(lambda seed: train(args, seed, out), [seed for seed in args.seeds if seed not in done])
-        for row in rows:
-            new = not summary.exists()
-            with open(summary, "a", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
-            print(f"seed {row['seed']}: final {row['final_return_mean']:.1f}, worst of the last fifth "
-                  f"{row['worst_late_evaluation']:.1f}, {row['seconds']:.1f} s", flush=True)  # fmt: skip
+    if args.collect:
+        add_row(collect(Path(args.collect), out), out)
+        return
+    with ThreadPoolExecutor(len(args.seeds) if args.ray else args.jobs) as pool:  # Ray has a queue of its own
+        for row in pool.map(trainer, seeds_to_run(args.seeds, out)):
+            add_row(row, out)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,26 @@
 """What the README shows is what the raw data say."""
 
 import csv
+import dataclasses
+import datetime
 import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, SCRIPTS, load
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import differences
+import pictures
 import plot
 import run_seeds
+import sb3_cartpole
 import speed
 import table
 import vec_env_cost
@@ -100,3 +108,259 @@ def test_a_picture_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plot.py", "some", "--out", str(tmp_path / "picture.png")])
     plot.main()
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+# --- What the scripts add to one another ---
+
+
+def test_the_page_of_differences_is_that_of_the_scripts():
+    assert (ROOT / "docs" / "differences.md").read_text() == differences.page(), "python benchmarks/differences.py"
+    if "differences.py" in README:
+        assert differences.table() in README
+
+
+@pytest.mark.parametrize("name", differences.OTHERS)
+def test_a_difference_turns_one_script_into_the_other(name):
+    assert ROOT / f"{name}.py" in SCRIPTS
+    signs = []
+    for _, old, new in differences.pairs(name):
+        changes = differences.diff(old, new).splitlines()
+        signs += [line[:1] for line in changes]
+        for sign, lines in ("-", old), ("+", new):
+            ours = [line[1:] for line in changes if line.startswith((sign, " "))]
+            missing = iter(lines)
+            assert all(line in (text.rstrip() for text in missing) for line in ours), sign  # all of them, in order
+    sizes, first = differences.sizes(name), differences.sizes(differences.FIRST)
+    assert (sizes["added"], sizes["removed"]) == (signs.count("+"), signs.count("-"))
+    assert sizes["shared"] + sizes["added"] == sizes["lines"]
+    assert sizes["shared"] + sizes["removed"] == first["lines"] == first["shared"]
+
+
+def test_the_size_of_a_difference(tmp_path, monkeypatch):
+    rule = "# " + "#" * 118
+    first = f"""import os
+
+# === Equations ===
+
+def loss(x):
+    y = 2
+
+    return y
+
+def same():
+    return 1
+
+# === Training ===
+
+def train():
+    pass
+
+{rule}
+x = 1
+"""
+    second = first.replace("import os", "import sys").replace("y = 2", "y = 3").replace("return y", "return y + 1")
+    second = second.replace("    pass\n", "    pass\n\n\nclass New:\n    def method(self):\n        return 2\n")
+    (tmp_path / "dqn_cartpole.py").write_text(first)
+    (tmp_path / "other.py").write_text(second.replace("x = 1", "x = 2"))
+    monkeypatch.setattr(differences, "ROOT", tmp_path)
+    assert differences.sections("other")["Equations"][:2] == ["def loss(x):", "    y = 3"]
+    # The empty line between two changed lines is not one that they share.
+    assert differences.sizes("other") == {"lines": 14, "shared": 6, "added": 8, "removed": 3}
+    (_, old, new), (title, *last) = differences.pairs("other")
+    changes = ["-    y = 2", "-", "-    return y", "+    y = 3", "+", "+    return y + 1"]
+    assert differences.diff(old, new).splitlines() == ["@@ loss @@", " def loss(x):", *changes, "", " def same():"]
+    assert title == "Training" and differences.diff(*last).startswith("@@ New @@\n def train():\n     pass\n+\n+\n")
+    assert differences.enclosing(last[1], 6) == "New.method"
+
+
+# --- Seeds over a cluster ---
+
+
+def test_ray_is_asked_for_by_name_where_it_is_missing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(run_seeds, "ROOT", tmp_path)
+    monkeypatch.setattr(run_seeds, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["run_seeds.py", "ppo_cartpole.py", "--ray", "local"])
+    with pytest.raises(SystemExit) as stop:
+        run_seeds.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "run_seeds: --ray needs a package that is not installed: pip install ray\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ray_returns_what_a_process_pool_writes(monkeypatch, tmp_path):
+    asked = []
+
+    def remote(num_cpus):
+        return lambda function: SimpleNamespace(remote=lambda *args: asked.append((num_cpus, args)) or function(*args))
+
+    ray = SimpleNamespace(init=lambda *args, **options: asked.append((args, options)), remote=remote, get=lambda x: x)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(run_seeds, "find_spec", lambda name: True)
+    monkeypatch.setattr(run_seeds, "version", lambda name: "1.2.3")
+    monkeypatch.setattr(run_seeds, "ROOT", tmp_path)
+    monkeypatch.chdir(ROOT)  # as Ray does with working_dir
+    flags = "--total-timesteps 1024 --eval-every 500 --eval-episodes 2 --final-eval-episodes 2"
+    for name, more in ("pool", ["--jobs", "2"]), ("ray", ["--ray", "auto"]):
+        command = ["run_seeds.py", "ppo_cartpole.py", "--seeds", "3", "4", f"--flags={flags}", "--name", name]
+        monkeypatch.setattr(sys, "argv", command + more)
+        run_seeds.main()
+    assert asked[0] == (
+        ("auto",),
+        {"runtime_env": {"working_dir": str(tmp_path), "excludes": ["docs", "benchmarks/results"]}},
+    )
+    assert sorted((cpus, seed) for cpus, (_, seed) in asked[1:]) == [(1, 3), (1, 4)]
+
+    results = tmp_path / "benchmarks" / "results"
+    timed = {"seconds", "wall_seconds", "steps_per_second", "solved_seconds"}
+    for seed in 3, 4:
+        assert (results / "ray" / f"seed_{seed}.csv").read_text() == (results / "pool" / f"seed_{seed}.csv").read_text()
+    ours, theirs = (list(csv.DictReader((results / name / "summary.csv").open())) for name in ("ray", "pool"))
+    assert [row["seed"] for row in ours] == ["3", "4"]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys() and {key for key in one if one[key] != other[key]} <= timed
+    assert json.loads((results / "ray" / "command.json").read_text())["jobs"] == "ray 1.2.3"
+
+
+# --- Pictures of what a network sees and expects ---
+
+
+def untrained(script, path, **flags):
+    """Write a checkpoint of a network that learned nothing; return its script's module."""
+    module = load(ROOT / f"{script}.py")
+    args = module.Args(play="none", **flags)  # play: no memory is asked for
+    env = module.make_env(args)
+    torch.manual_seed(0)
+    network = module.QNetwork(env.observation_space, env.action_space, args)
+    torch.save({"script": script, "args": dataclasses.asdict(args), "network": network.state_dict()}, path)
+    return module
+
+
+def test_a_discounted_return_ends_with_its_life():
+    rewards, terminated = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.0, 1.0, 0.0, 0.0])
+    np.testing.assert_array_equal(pictures.discounted_returns(rewards, terminated, 0.5), [2.0, 2.0, 5.0, 4.0])
+
+
+def test_an_episode_is_played_with_the_network_of_the_checkpoint(tmp_path):
+    untrained("dqn_cartpole", tmp_path / "best.pt")
+    script, args, network = pictures.load(tmp_path / "best.pt")
+    steps = list(pictures.play(script, args, network, 500, seed=7))
+    obs = torch.from_numpy(np.stack([step.obs for step in steps]))
+    with torch.no_grad():
+        q_values = network(obs)
+    np.testing.assert_allclose([step.q_max for step in steps], q_values.max(dim=1).values, rtol=1e-5)
+
+    env = script.make_env(args)
+    np.testing.assert_array_equal(obs[0], env.reset(seed=7)[0])
+    for action, step, after in zip(q_values.argmax(dim=1).tolist(), steps, [*obs[1:], None], strict=True):
+        expected, reward, terminated, _, _ = env.step(action)
+        assert (reward, terminated) == (step.reward, step.terminated) == (1.0, after is None)
+        assert after is None or np.array_equal(after, expected)
+
+
+def test_a_game_is_played_as_the_network_sees_it(tmp_path):
+    untrained("dqn_atari", tmp_path / "best.pt", eval_epsilon=1.0)
+    steps = list(pictures.play(*pictures.load(tmp_path / "best.pt"), 1_500, seed=1, screens=True))
+    lives = np.flatnonzero([step.terminated for step in steps])
+    assert len(lives) == 5 and lives[-1] == len(steps) - 1  # a whole game of Breakout
+    assert {step.reward for step in steps} == {0.0, 1.0}
+    assert steps[0].screen.shape == (210, 160, 3)
+    for t in range(1, len(steps)):
+        before = np.zeros((3, 84, 84), np.uint8) if t - 1 in lives else steps[t - 1].obs[1:]
+        np.testing.assert_array_equal(steps[t].obs[:3], before)
+        assert steps[t].obs[3].any()
+
+
+@pytest.mark.parametrize("script, what", [(name, what) for what, names in pictures.SCRIPTS.items() for name in names])
+def test_a_picture_of_a_network_is_drawn(script, what, tmp_path, monkeypatch):
+    untrained(script, tmp_path / "best.pt")
+    out = tmp_path / "new" / "picture.png"
+    command = [what, str(tmp_path / "best.pt"), str(out), "--steps", "30", "--step", "20"]
+    monkeypatch.setattr(sys, "argv", ["pictures.py", *command])
+    pictures.main()
+    assert out.stat().st_size > 10_000
+
+
+def test_a_network_without_q_values_is_refused(tmp_path, monkeypatch, capsys):
+    torch.save({"script": "ppo_cartpole"}, tmp_path / "best.pt")
+    monkeypatch.setattr(sys, "argv", ["pictures.py", "q-values", str(tmp_path / "best.pt"), str(tmp_path / "x.png")])
+    with pytest.raises(SystemExit) as stop:
+        pictures.main()
+    assert stop.value.code == 2 and "not of ppo_cartpole" in capsys.readouterr().err
+
+
+# --- Stable-Baselines3 at the same work ---
+
+
+def test_the_peers_episodes_are_those_of_each_seed():
+    seen = []
+
+    def predict(obs, deterministic):
+        seen.append(deterministic)
+        return np.int64(obs[:, 2] > 0), None
+
+    returns = sb3_cartpole.evaluate(SimpleNamespace(predict=predict), 4, seed=10)
+    for i, total in enumerate(returns):
+        env = gym.make("CartPole-v1")
+        (obs, _), rewards, ended = env.reset(seed=10 + i), 0.0, False
+        while not ended:
+            obs, reward, terminated, truncated, _ = env.step(int(obs[2] > 0))
+            rewards, ended = rewards + reward, terminated or truncated
+        assert rewards == total
+    assert all(seen) and len(set(returns)) > 1
+
+
+@pytest.mark.parametrize("algorithm", ["dqn", "ppo"])
+def test_the_peers_results_have_the_form_of_ours(algorithm, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_seeds, "ROOT", tmp_path)
+    monkeypatch.setattr(sb3_cartpole, "EVAL_EVERY", 250)
+    monkeypatch.setattr(sb3_cartpole, "EVAL_EPISODES", 2)
+    monkeypatch.setattr(sb3_cartpole, "FINAL_EVAL_EPISODES", 3)
+    command = ["sb3_cartpole.py", algorithm, "--seeds", "4", "5", "--total-timesteps", "1200"]
+    monkeypatch.setattr(sys, "argv", command)
+    sb3_cartpole.main()
+    out = tmp_path / "benchmarks" / "results" / f"sb3_{algorithm}_cartpole"
+    rows = list(csv.DictReader((out / "summary.csv").open()))
+    assert [row["seed"] for row in rows] == ["4", "5"]
+    ours = csv.DictReader((ROOT / "benchmarks" / "results" / f"{algorithm}_cartpole" / "summary.csv").open())
+    assert list(rows[0]) == ours.fieldnames
+    assert json.loads((out / "command.json").read_text())["command"] == "python benchmarks/" + " ".join(command)
+    for row in rows:
+        assert 1_200 <= int(row["global_step"]) <= 1_200 + 256 and int(row["gradient_steps"]) > 0
+        steps, means = plot.curve(out / f"seed_{row['seed']}.csv", "eval/return_mean")
+        assert ((steps % 250 < 8) & (steps >= 250)).all() and len(steps) == 1_200 // 250 + (steps[-1] >= 1_250)
+        assert float(row["worst_late_evaluation"]) == means[steps > 0.8 * steps[-1]].min()
+        assert float(row["seconds"]) < float(row["wall_seconds"])
+    capsys.readouterr()
+    sb3_cartpole.main()
+    assert capsys.readouterr().out == ""  # both have their rows
+
+
+# --- What a visitor finds ---
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "checkpoints").glob("*.pt")), ids=lambda path: path.stem)
+def test_a_checkpoint_of_the_repository_plays(path, cli):
+    script = torch.load(path, weights_only=True)["script"]
+    assert path.stem == script and path.stat().st_size < 100_000
+    status, out, err = cli("--play", path, "--final-eval-episodes", 5, script=f"{script}.py")
+    assert (status, err) == (0, "")
+    assert float(re.fullmatch(r"return (\S+) over 5 episodes .*\n", out)[1]) >= (400 if "lstm" in script else 475)
+
+
+def test_the_repository_has_checkpoints_of_default_runs():
+    paths = {path.stem: path for path in (ROOT / "checkpoints").glob("*.pt")}
+    assert paths.keys() >= {"dqn_cartpole", "dqn_vecenv", "ppo_cartpole"}
+    for name, path in paths.items():
+        defaults = dataclasses.asdict(load(ROOT / f"{name}.py").Args())
+        assert torch.load(path, weights_only=True)["args"].items() <= defaults.items()
+
+
+def test_the_citation_file_says_what_the_format_asks_for():
+    text = (ROOT / "CITATION.cff").read_text()
+    fields = dict(re.findall(r"(?m)^([a-z-]+): *\"?(.*?)\"?$", text))
+    assert fields.items() >= {"cff-version": "1.2.0", "title": "Deep RL in single files", "version": "1.0.0"}.items()
+    assert fields["message"] and (ROOT / "LICENSE").read_text().startswith(f"{fields['license']} License")
+    assert datetime.date.fromisoformat(fields["date-released"]) == datetime.date(2026, 11, 20)
+    assert '\nauthors:\n  - name: "The authors of deep-rl-single-files"\n' in text
+    assert (ROOT / "README.md").read_text().startswith(f"# {fields['title']}\n")
+    assert "http" not in text and "\t" not in text
