@@ -151,8 +151,8 @@ class Args:
     gamma: float = 0.99  # discount per step
     buffer_size: int = 200_000  # transitions in the replay memory
     n_step: int = 3  # rewards in a TD target before the bootstrap; fewer where the sequence ends
-    batch_size: int = 128  # sequences per gradient step
-    sequence_length: int = 8  # steps of a sequence that carry loss (fewer where the episode ends)
+    batch_size: int = 64  # sequences per gradient step
+    sequence_length: int = 16  # steps of a sequence that carry loss (fewer where the episode ends)
     burn_in: int = 4  # steps before them, without loss and gradient, that bring the state up to date
     initial_state: Literal["stored", "zero"] = "stored"  # of a sequence: what was remembered then, or zeros
     memory: Literal["lstm", "none"] = "lstm"  # none: feed-forward layers of the same width in place of the LSTM
@@ -316,9 +316,10 @@ class QNetwork(nn.Module):
             sizes = [inputs] + [hidden] * (args.num_layers - 1)
             self.lstm = None
             self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(size, hidden), nn.ReLU()) for size in sizes))
-        # Normalising the features of each step keeps TD learning stable. No activation at the end: any number is a Q.
+        # The head reads the observation too, past the LSTM, whose gates are deaf to what is far from 0. Normalising the
+        # features of each step keeps TD learning steadier. No activation at the end: any number is a Q-value.
         self.head = nn.Sequential(
-            nn.Linear(hidden, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, action_space.n)
+            nn.Linear(hidden + inputs, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, action_space.n)
         )
 
     def initial_state(self, num_sequences: int) -> torch.Tensor:
@@ -328,9 +329,11 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: torch.Tensor, state: torch.Tensor):
         if self.lstm is None:
-            return self.head(self.layers(obs)), state
-        features, state = self.lstm(obs, tuple(state))
-        return self.head(features), torch.stack(state)
+            features = self.layers(obs)
+        else:
+            features, (h, c) = self.lstm(obs, tuple(state))  # (T, B, hidden_size)
+            state = torch.stack([h, c])
+        return self.head(torch.cat([features, 0.1 * obs], dim=-1)), state  # 0.1: in the units of Positions, metres
 
 
 # === Replay memory ====================================================================================================
