@@ -74,10 +74,11 @@ The network is told the last action, as in R2D2, and not the last reward. No pri
 networks, or rescaled values. Nearer to Hausknecht and Stone: --initial-state zero --burn-in 0 --n-step 1.
 
 Differences from dqn_cartpole.py, by section. Environment: the hidden velocities, the last action in the observation, an
-optional shaped reward. Network: the LSTM, and layer normalisation in the head. Replay memory: sequences, and the state
-before each observation. Equations: unroll; the loss of several sequences, with targets of --n-step rewards. Training
-and evaluation: a state per environment, zero where an episode begins; the norm of the gradient is clipped. By default
-also more transitions, half as many gradient steps per transition, each on eight times as many steps, and other rates.
+optional shaped reward. Network: the LSTM; a head that reads the observation too, with layer normalisation. Replay
+memory: sequences, and the state before each observation. Equations: unroll; the loss of several sequences, with targets
+of --n-step rewards. Training and evaluation: a state per environment, zero where an episode begins; the norm of the
+gradient is clipped. By default also more transitions, half as many gradient steps per transition, each on eight times
+as many steps, and other rates.
 
 The same seed gives the same parameters to the bit, on a CPU with the same versions; so does a run that was interrupted
 and resumed, wherever the environment's state is plain data, as CartPole's is.
@@ -160,8 +161,8 @@ class Args:
     num_layers: int = 1  # layers of the LSTM, or of what stands in its place
 
     # exploration
-    epsilon_start: float = 1.0  # probability of a random action at the start
-    epsilon_end: float = 0.2  # probability of a random action at the end of the schedule
+    epsilon_start: float = 1.0  # probability of a random action at the start, on average over the environments
+    epsilon_end: float = 0.2  # probability of a random action at the end of the schedule, on average
     exploration_steps: int = 10_000  # transitions: length of a linear schedule, time constant of an exponential one
     epsilon_schedule: Literal["linear", "exponential"] = "linear"  # how epsilon goes from start to end
 
@@ -519,6 +520,9 @@ def train(args: Args) -> dict:
     episodes = Episodes(q_network.initial_state(args.num_envs))
     global_step = gradient_steps = target_syncs = 0
     loss = torch.zeros(())  # until the first gradient step
+    # Each environment has its share of epsilon, from almost 0 to almost 2, on average 1: some play nearly as well as they
+    # can and show where that leads, others stray. (As in R2D2, where the spread is wider.)
+    shares = (2 * torch.arange(args.num_envs) + 1) / args.num_envs  # (num_envs,)
 
     state = {"target_network": target_network, "optimizer": optimizer, "memory": memory, "episodes": episodes}
     with Run(args, envs, q_network, **state) as run:
@@ -530,13 +534,13 @@ def train(args: Args) -> dict:
             episodes.begin(np.ones(args.num_envs, bool))
 
         while global_step < args.total_timesteps and not run.reached(args.target_return):
-            # Act: at random with probability epsilon, else greedily. Each environment draws for itself. The state moves
-            # on either way: (2, num_layers, num_envs, hidden_size), a memory per environment.
+            # Act: at random with probability epsilon times its share, else greedily. Each environment draws for itself.
+            # The state moves on either way: (2, num_layers, num_envs, hidden_size), a memory per environment.
             epsilon = epsilon_schedule(args.epsilon_start, args.epsilon_end, args.exploration_steps, global_step)
             with torch.no_grad():
                 obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)
                 q_values, next_state = q_network(obs_tensor.unsqueeze(0), episodes.state)  # (1, num_envs, A)
-            explore = torch.rand(args.num_envs) < epsilon
+            explore = torch.rand(args.num_envs) < epsilon * shares
             random_actions = torch.randint(envs.action_space.n, (args.num_envs,))
             actions = torch.where(explore, random_actions, q_values[0].argmax(dim=1).cpu()).numpy()
 
