@@ -68,17 +68,18 @@ pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient st
    state before it is zeros, which is true, and what the burn-in reads is thrown away.
 
 Differences from the papers: a vector instead of pixels, sequences of a dozen steps instead of 80, one learner with
-environments side by side instead of 256 actors, three rewards per target instead of R2D2's five, a target network that
-moves a little at every gradient step, layer normalisation, a learning rate that falls, a bootstrap where time ran out.
-The network is told the last action, as in R2D2, and not the last reward. No prioritised replay, double or dueling
-networks, or rescaled values. Nearer to Hausknecht and Stone: --initial-state zero --burn-in 0 --n-step 1.
+environments side by side instead of 256 actors, three rewards per target instead of R2D2's five, a narrower spread of
+epsilon, a target network that moves a little at every gradient step, layer normalisation, a learning rate that falls, a
+bootstrap where time ran out. The network is told the last action, as in R2D2, and not the last reward. No prioritised
+replay, double or dueling networks, or rescaled values. Nearer to Hausknecht and Stone: --initial-state zero --burn-in 0
+--n-step 1.
 
 Differences from dqn_cartpole.py, by section. Environment: the hidden velocities, the last action in the observation, an
 optional shaped reward. Network: the LSTM; a head that reads the observation too, with layer normalisation. Replay
 memory: sequences, and the state before each observation. Equations: unroll; the loss of several sequences, with targets
-of --n-step rewards. Training and evaluation: a state per environment, zero where an episode begins; the norm of the
-gradient is clipped. By default also more transitions, half as many gradient steps per transition, each on eight times
-as many steps, and other rates.
+of --n-step rewards. Training and evaluation: a state and a share of epsilon per environment, the state zero where an
+episode begins; the norm of the gradient is clipped. By default also more transitions, half as many gradient steps per
+transition, each on eight times as many steps, and other rates.
 
 The same seed gives the same parameters to the bit, on a CPU with the same versions; so does a run that was interrupted
 and resumed, wherever the environment's state is plain data, as CartPole's is.
@@ -520,8 +521,8 @@ def train(args: Args) -> dict:
     episodes = Episodes(q_network.initial_state(args.num_envs))
     global_step = gradient_steps = target_syncs = 0
     loss = torch.zeros(())  # until the first gradient step
-    # Each environment has its share of epsilon, from almost 0 to almost 2, on average 1: some play nearly as well as they
-    # can and show where that leads, others stray. (As in R2D2, where the spread is wider.)
+    # Each environment has its share of epsilon, from almost 0 to almost 2, on average 1: some play nearly as well as
+    # they can and show where that leads, others stray. (As in R2D2, where the spread is wider.)
     shares = (2 * torch.arange(args.num_envs) + 1) / args.num_envs  # (num_envs,)
 
     state = {"target_network": target_network, "optimizer": optimizer, "memory": memory, "episodes": episodes}
