@@ -68,18 +68,16 @@ pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient st
    state before it is zeros, which is true, and what the burn-in reads is thrown away.
 
 Differences from the papers: a vector instead of pixels, sequences of a dozen steps instead of 80, one learner with
-environments side by side instead of 256 actors, three rewards per target instead of R2D2's five, a narrower spread of
-epsilon, a target network that moves a little at every gradient step, layer normalisation, a learning rate that falls, a
-bootstrap where time ran out. The network is told the last action, as in R2D2, and not the last reward. No prioritised
-replay, double or dueling networks, or rescaled values. Nearer to Hausknecht and Stone: --initial-state zero --burn-in 0
---n-step 1.
+environments side by side instead of 256 actors, three rewards per target instead of R2D2's five, a target network that
+moves a little at every gradient step, layer normalisation, a learning rate that falls, a bootstrap where time ran out.
+The network is told the last action, as in R2D2, and not the last reward. No prioritised replay, double or dueling
+networks, or rescaled values. Nearer to Hausknecht and Stone: --initial-state zero --burn-in 0 --n-step 1.
 
 Differences from dqn_cartpole.py, by section. Environment: the hidden velocities, the last action in the observation, an
-optional shaped reward. Network: the LSTM; a head that reads the observation too, with layer normalisation. Replay
-memory: sequences, and the state before each observation. Equations: unroll; the loss of several sequences, with targets
-of --n-step rewards. Training and evaluation: a state and a share of epsilon per environment, the state zero where an
-episode begins; the norm of the gradient is clipped. By default also more transitions, half as many gradient steps per
-transition, each on eight times as many steps, and other rates.
+optional shaped reward. Network: the LSTM, and layer normalisation in the head. Replay memory: sequences, and the state
+before each observation. Equations: unroll; the loss of several sequences, with targets of --n-step rewards. Training
+and evaluation: a state per environment, zero where an episode begins; the norm of the gradient is clipped. By default
+also more transitions, half as many gradient steps per transition, each on eight times as many steps, and other rates.
 
 The same seed gives the same parameters to the bit, on a CPU with the same versions; so does a run that was interrupted
 and resumed, wherever the environment's state is plain data, as CartPole's is.
@@ -153,8 +151,8 @@ class Args:
     gamma: float = 0.99  # discount per step
     buffer_size: int = 200_000  # transitions in the replay memory
     n_step: int = 3  # rewards in a TD target before the bootstrap; fewer where the sequence ends
-    batch_size: int = 64  # sequences per gradient step
-    sequence_length: int = 16  # steps of a sequence that carry loss (fewer where the episode ends)
+    batch_size: int = 128  # sequences per gradient step
+    sequence_length: int = 8  # steps of a sequence that carry loss (fewer where the episode ends)
     burn_in: int = 4  # steps before them, without loss and gradient, that bring the state up to date
     initial_state: Literal["stored", "zero"] = "stored"  # of a sequence: what was remembered then, or zeros
     memory: Literal["lstm", "none"] = "lstm"  # none: feed-forward layers of the same width in place of the LSTM
@@ -162,8 +160,8 @@ class Args:
     num_layers: int = 1  # layers of the LSTM, or of what stands in its place
 
     # exploration
-    epsilon_start: float = 1.0  # probability of a random action at the start, on average over the environments
-    epsilon_end: float = 0.2  # probability of a random action at the end of the schedule, on average
+    epsilon_start: float = 1.0  # probability of a random action at the start
+    epsilon_end: float = 0.2  # probability of a random action at the end of the schedule
     exploration_steps: int = 10_000  # transitions: length of a linear schedule, time constant of an exponential one
     epsilon_schedule: Literal["linear", "exponential"] = "linear"  # how epsilon goes from start to end
 
@@ -318,10 +316,9 @@ class QNetwork(nn.Module):
             sizes = [inputs] + [hidden] * (args.num_layers - 1)
             self.lstm = None
             self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(size, hidden), nn.ReLU()) for size in sizes))
-        # The head reads the observation too, past the LSTM, whose gates are deaf to what is far from 0. Normalising the
-        # features of each step keeps TD learning steadier. No activation at the end: any number is a Q-value.
+        # Normalising the features of each step keeps TD learning stable. No activation at the end: any number is a Q.
         self.head = nn.Sequential(
-            nn.Linear(hidden + inputs, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, action_space.n)
+            nn.Linear(hidden, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, action_space.n)
         )
 
     def initial_state(self, num_sequences: int) -> torch.Tensor:
@@ -331,11 +328,9 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: torch.Tensor, state: torch.Tensor):
         if self.lstm is None:
-            features = self.layers(obs)
-        else:
-            features, (h, c) = self.lstm(obs, tuple(state))  # (T, B, hidden_size)
-            state = torch.stack([h, c])
-        return self.head(torch.cat([features, 0.1 * obs], dim=-1)), state  # 0.1: in the units of Positions, metres
+            return self.head(self.layers(obs)), state
+        features, state = self.lstm(obs, tuple(state))
+        return self.head(features), torch.stack(state)
 
 
 # === Replay memory ====================================================================================================
@@ -521,9 +516,6 @@ def train(args: Args) -> dict:
     episodes = Episodes(q_network.initial_state(args.num_envs))
     global_step = gradient_steps = target_syncs = 0
     loss = torch.zeros(())  # until the first gradient step
-    # Each environment has its share of epsilon, from almost 0 to almost 2, on average 1: some play nearly as well as
-    # they can and show where that leads, others stray. (As in R2D2, where the spread is wider.)
-    shares = (2 * torch.arange(args.num_envs) + 1) / args.num_envs  # (num_envs,)
 
     state = {"target_network": target_network, "optimizer": optimizer, "memory": memory, "episodes": episodes}
     with Run(args, envs, q_network, **state) as run:
@@ -535,13 +527,13 @@ def train(args: Args) -> dict:
             episodes.begin(np.ones(args.num_envs, bool))
 
         while global_step < args.total_timesteps and not run.reached(args.target_return):
-            # Act: at random with probability epsilon times its share, else greedily. Each environment draws for itself.
-            # The state moves on either way: (2, num_layers, num_envs, hidden_size), a memory per environment.
+            # Act: at random with probability epsilon, else greedily. Each environment draws for itself. The state moves
+            # on either way: (2, num_layers, num_envs, hidden_size), a memory per environment.
             epsilon = epsilon_schedule(args.epsilon_start, args.epsilon_end, args.exploration_steps, global_step)
             with torch.no_grad():
                 obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)
                 q_values, next_state = q_network(obs_tensor.unsqueeze(0), episodes.state)  # (1, num_envs, A)
-            explore = torch.rand(args.num_envs) < epsilon * shares
+            explore = torch.rand(args.num_envs) < epsilon
             random_actions = torch.randint(envs.action_space.n, (args.num_envs,))
             actions = torch.where(explore, random_actions, q_values[0].argmax(dim=1).cpu()).numpy()
 

@@ -277,7 +277,7 @@ def test_the_control_is_as_wide_and_as_deep():
         network, sizes = make_network(lstm.Args(hidden_size=32, num_layers=3, memory=memory)), []
         network.head.register_forward_pre_hook(lambda _, inputs, sizes=sizes: sizes.append(inputs[0].shape))
         network(torch.zeros(5, 2, 4), network.initial_state(2))
-        assert sizes == [(5, 2, 32 + 4)]
+        assert sizes == [(5, 2, 32)]
         layers = network.lstm.num_layers if memory == "lstm" else len(network.layers)
         assert layers == 3
 
