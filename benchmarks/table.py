@@ -2,9 +2,11 @@
 
 python benchmarks/table.py dqn_cartpole                                     # a row per seed
 python benchmarks/table.py dqn_cartpole dqn_vecenv ppo_cartpole             # a row per set of runs
+python benchmarks/table.py --settings dqn_lstm_cartpole_100k                # a row per NAME_*, which differ by flags
 """
 
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -44,11 +46,26 @@ def row_of(name: str) -> str:
     )
 
 
+def settings(name: str) -> str:
+    """Return a Markdown table of the sets of runs whose names start with this: flags, and each seed's final return."""
+    lines = ["| flags | final network, each seed | mean |", "|---|---:|---:|"]
+    for folder in sorted(RESULTS.glob(f"{name}*")):
+        with open(folder / "summary.csv") as file:
+            rows = sorted(csv.DictReader(file), key=lambda row: int(row["seed"]))
+        flags = json.loads((folder / "command.json").read_text())["command"].partition("--seed N")[2].strip()
+        finals = [float(row["final_return_mean"]) for row in rows]
+        each = ", ".join(f"{final:.0f}" for final in finals)
+        lines.append(f"| [`{flags}`](benchmarks/results/{folder.name}) | {each} | {sum(finals) / len(finals):.0f} |")
+    return "\n".join(lines)
+
+
 HEAD = """| runs | seeds | final at 500.0 | lowest final | at 475 or more | never below in the last fifth | seconds |
 |---|---:|---:|---:|---:|---:|---:|"""
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
+    if sys.argv[1] == "--settings":
+        print(settings(sys.argv[2]))
+    elif len(sys.argv) == 2:
         print(table(sys.argv[1]))
     else:
         print(HEAD, *map(row_of, sys.argv[1:]), sep="\n")
