@@ -51,7 +51,7 @@ class Bug:
 DQN, VECENV, ATARI, RECURRENT, PPO = (
     f"{name}.py" for name in ("dqn_cartpole", "dqn_vecenv", "dqn_atari", "dqn_lstm_cartpole", "ppo_cartpole")
 )
-SHORT = "--total-timesteps 40000"  # of the recurrent one, without the velocities
+SHORT = "--total-timesteps 30000"  # of the recurrent one, without the velocities
 # Reward 1 for ever, in episodes of 5 steps that only the clock ends: the value of its only state is 1 / (1 - 0.9) = 10.
 CONSTANT = "--env-id toy_envs:Constant-v0 --gamma 0.9 --total-timesteps 30000"
 # A reward of -1 for each of the steps to the end of a corridor, in episodes of 5 steps.
@@ -60,7 +60,7 @@ CORRIDOR = "--env-id corridor:Corridor-v0 --time-limit 5 --total-timesteps 30000
 BUGS = [
     # --- DQN ---
     Bug("broadcast", DQN, "test_dqn.py::test_squared_td_errors_by_hand[dqn_cartpole]",
-        "Q(s, a) of shape (B, 1), targets of shape (B,): the loss compares each with each; whoever drops a squeeze",
+        "Q(s, a) of shape (B, 1), targets of shape (B,): each is compared with each, and torch only warns",
         "assert q_taken.shape == td_target.shape", "q_taken = q_taken.unsqueeze(1)"),
     Bug("no-terminal-mask", DQN, "test_dqn.py::test_td_target_of_one_transition[dqn_cartpole-terminated]",
         "bootstrapping where the episode ended for good: falling costs nothing",
@@ -72,10 +72,8 @@ BUGS = [
         "the same where only the clock ends episodes (V is 10)",
         "last_obs, dones & ~truncated)", "last_obs, dones)", CONSTANT, "value"),
     Bug("reset-obs-as-next", DQN, "test_dqn.py::test_memory_holds_exactly_what_happened[3-Truncated-v0]",
-        "the next episode's first observation stored as this one's last; loops that do not read the info",
-        'last_obs[i] = infos[i]["terminal_observation"]', "pass"),
-    Bug("reset-obs-as-next-value", DQN, "test_dqn.py::test_memory_holds_exactly_what_happened[3-Mixed-v0]",
-        "the same in a corridor that takes longer than an episode",
+        "the next episode's first observation stored as this one's last, by loops that do not read the info; here "
+        "in a corridor, 8 steps from its end (V is -7.7), with a time limit of 5",
         'last_obs[i] = infos[i]["terminal_observation"]', "pass", CORRIDOR, "value"),
     Bug("target-never-synced", DQN, "test_dqn.py::test_counts_do_not_depend_on_the_number_of_environments[4-10-3]",
         "the target network stays as it was initialised",
@@ -245,7 +243,7 @@ def train(bug: Bug, text: str, seed: int) -> float:
         network = module.ActorCritic if bug.script == PPO else module.QNetwork
         network = network(env.observation_space, env.action_space, args)
         network.load_state_dict(module.load_checkpoint(Path(folder, "run", "last.pt"))["network"])
-        obs = torch.from_numpy(env.reset(seed=0)[0]).unsqueeze(0)
+        obs = torch.from_numpy(env.reset(seed=11)[0]).unsqueeze(0)  # of the corridor: 8 steps from its end
         return (network.value(obs) if bug.script == PPO else network(obs)).max().item()
 
 
@@ -263,7 +261,7 @@ def run_seeds(bugs: list[Bug], seeds: list[int]):
     about |= {name: version(name) for name in ("torch", "gymnasium", "stable-baselines3", "numpy")}
     about |= {"machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"}
     (OUT / "command.json").write_text(json.dumps(about, indent=2) + "\n")
-    for seed, bug, broken in ((seed, bug, broken) for seed in seeds for bug in bugs for broken in (False, True)):
+    for seed, bug, broken in ((seed, bug, broken) for bug in bugs for seed in seeds for broken in (False, True)):
         row = {"bug": bug.name if broken else "", "script": bug.script, "flags": flags_of(bug), "shows": bug.shows}
         row |= {"seed": str(seed)}
         if any(row.items() <= known.items() for known in known_rows()):
@@ -280,22 +278,21 @@ def run_seeds(bugs: list[Bug], seeds: list[int]):
         print(", ".join(row.values()), flush=True)
 
 
-def results(bug: Bug, broken: bool) -> list[float]:
-    """Return what bugs.csv holds of it, or of the same runs without it."""
+def results(bug: Bug, broken: bool) -> dict[str, float]:
+    """Return what bugs.csv holds of it, or of the same runs without it: {seed: result}."""
     key = {"bug": bug.name if broken else "", "script": bug.script, "flags": flags_of(bug), "shows": bug.shows}
-    return [float(row["result"]) for row in known_rows() if key.items() <= row.items()]
+    return {row["seed"]: float(row["result"]) for row in known_rows() if key.items() <= row.items()}
 
 
 def table() -> str:
     """Return the README's table: greedy returns, or values (V), over the seeds of bugs.csv."""
     lines = ["| script | mistake | with it: mean (lowest) | without | caught by |", "|---|---|---:|---:|---|"]
     for bug in BUGS:
-        cells = ["not trained", ""]
-        if bug.run is not None:
-            found, right = results(bug, broken=True), results(bug, broken=False)
-            cells = [f"{mean(values):.1f} ({min(values):.1f})" for values in (found, right)]
-            if bug.shows == "value":
-                cells = [f"V = {mean(values):.1f}" for values in (found, right)]
+        cells = ["not trained" if bug.run is None else "not run yet", ""]
+        if bug.run is not None and results(bug, broken=True):
+            found, right = (results(bug, broken).values() for broken in (True, False))
+            form = "V = {:.1f}" if bug.shows == "value" else "{:.1f} ({:.1f})"
+            cells = [form.format(mean(values), min(values)) for values in (found, right)]
             if abs(mean(found) - mean(right)) <= 0.02 * abs(mean(right)):
                 cells[0] += ", none seen"
         file, _, name = bug.test.partition("::")
