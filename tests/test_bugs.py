@@ -37,10 +37,11 @@ def test_a_mistake_that_no_longer_fits_is_named(old):
         bugs.patched(replace(bugs.BUGS[0], old=old))
 
 
-def test_with_and_without_a_mistake_the_same_seeds_were_run():
-    for bug in bugs.BUGS:
-        if bug.run is not None:
-            assert bugs.results(bug, broken=True).keys() == bugs.results(bug, broken=False).keys()
+def test_beside_each_result_stands_the_one_without_the_mistake():
+    trained = [bug for bug in bugs.BUGS if bug.run is not None and bugs.results(bug, broken=True)]
+    assert trained
+    for bug in trained:
+        assert bugs.results(bug, broken=True).keys() <= bugs.results(bug, broken=False).keys()
 
 
 @pytest.fixture(scope="module")
