@@ -2,10 +2,13 @@
 
 import io
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.vec_env import DummyVecEnv
 
+import dqn_atari
 from dqn_atari import ReplayMemory, push_frames
 
 CPU = torch.device("cpu")
@@ -201,3 +204,45 @@ def test_state_dict(num_steps):
     for _ in range(30):
         run.step()
         check(run)
+
+
+# --- What the training loop feeds to it ---
+
+
+class Numbered(gym.Env):
+    """Frames that are all 10 * episode + step; episodes of 3 steps that terminate and run out of time in turn."""
+
+    observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
+    action_space = gym.spaces.Discrete(4)
+    episode = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.episode, self.steps = self.episode + 1, 0
+        return self.frame(), {}
+
+    def step(self, action):
+        self.steps += 1
+        ended, even = self.steps == 3, self.episode % 2 == 0
+        return self.frame(), 0.0, ended and even, ended and not even, {}
+
+    def frame(self):
+        return np.full((84, 84), 10 * self.episode + self.steps, np.uint8)
+
+
+def test_training_stores_the_last_frame_of_an_episode_too(tmp_path, monkeypatch):
+    memories = []
+
+    class Kept(ReplayMemory):
+        def __init__(self, *args):
+            super().__init__(*args)
+            memories.append(self)
+
+    monkeypatch.setattr(dqn_atari, "ReplayMemory", Kept)
+    monkeypatch.setattr(dqn_atari, "make_envs", lambda args: DummyVecEnv([Numbered] * args.num_envs))
+    quick = {"total_timesteps": 48, "learning_starts": 47, "time_limit": 2, "final_eval_episodes": 1}
+    dqn_atari.train(dqn_atari.Args(**quick, num_envs=2, buffer_size=200, run_dir=str(tmp_path / "run")))
+    arrays = {name: array[:66].reshape(33, 2, -1) for name, array in memories[0].arrays.items()}
+    expected = [10 * episode + step for episode in range(1, 9) for step in range(4)] + [90]  # 24 steps
+    assert arrays["frames"][:, 0, 0].tolist() == arrays["frames"][:, 1, 0].tolist() == expected
+    assert np.flatnonzero(arrays["terminated"][:, 0, 0]).tolist() == [6, 14, 22, 30]  # step 2 of episodes 2, 4, 6, 8
+    assert np.flatnonzero(arrays["starts"][:, 0, 0]).tolist() == list(range(0, 33, 4))

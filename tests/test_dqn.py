@@ -816,3 +816,47 @@ def test_environment_0_shows_a_window_while_training(vec_env, tmp_path, monkeypa
     assert dqn.train(args)["global_step"] == 400
     if vec_env == "dummy":
         assert [env.unwrapped.render_mode for env in made[0].envs] == ["human", None]
+
+
+# --- What a gradient step is made of ---
+
+
+def test_targets_come_from_a_network_that_stays_behind(options, monkeypatch):
+    args = dqn.Args(**{**options, "learning_starts": 50, "tau": 1e-9})  # so far behind that it does not move
+    env, td_loss, moved = dqn.make_env(args), dqn.td_loss, []
+    torch.manual_seed(args.seed)
+    initial = dqn.QNetwork(env.observation_space, env.action_space, args)  # as train makes it
+
+    def spy(q_values, next_q_values, batch, *rest):
+        assert not next_q_values.requires_grad
+        torch.testing.assert_close(next_q_values, initial(batch.next_obs).detach())
+        moved.append(bool((q_values - initial(batch.obs)).abs().max() > 1e-3))
+        return td_loss(q_values, next_q_values, batch, *rest)
+
+    monkeypatch.setattr(dqn, "td_loss", spy)
+    dqn.train(args)
+    assert moved[0] is False and all(moved[1:]) and len(moved) == (201 - 50) // 4
+
+
+def test_a_gradient_step_follows_the_gradient_of_its_own_batch(options, monkeypatch):
+    networks, gradients, td_loss, step = [], [], dqn.td_loss, torch.optim.Adam.step
+
+    class Kept(dqn.QNetwork):
+        def __init__(self, *args):
+            super().__init__(*args)
+            networks.append(self)
+
+    def spy_on_loss(*args):
+        loss, q_taken = td_loss(*args)
+        gradients.append(torch.autograd.grad(loss, list(networks[0].parameters()), retain_graph=True))
+        return loss, q_taken
+
+    def spy_on_step(optimizer, *rest):
+        torch.testing.assert_close([p.grad for p in optimizer.param_groups[0]["params"]], list(gradients[-1]))
+        return step(optimizer, *rest)
+
+    monkeypatch.setattr(dqn, "QNetwork", Kept)
+    monkeypatch.setattr(dqn, "td_loss", spy_on_loss)
+    monkeypatch.setattr(torch.optim.Adam, "step", spy_on_step)
+    dqn.train(dqn.Args(**{**options, "learning_starts": 150}))
+    assert len(gradients) == (201 - 150) // 4

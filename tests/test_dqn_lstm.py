@@ -515,3 +515,31 @@ def test_n_step_targets_by_hand(n_step):
     # Padding that holds anything else changes nothing.
     noisy = batch._replace(rewards=torch.where(learn, rewards, 99.0))
     assert lstm.td_loss(q_values, next_q_values, noisy, 0.9, n_step, "mse")[0] == loss
+
+
+# --- What both networks remember ---
+
+
+class HistoryCounter(lstm.QNetwork):
+    """A network whose state and Q-values count the observations read since the state was zero."""
+
+    def forward(self, obs, state):
+        count = state[0, 0, :, :1] + torch.arange(1, len(obs) + 1).reshape(-1, 1, 1)  # (T, B, 1)
+        return count.expand(-1, -1, 5) + 0 * self.head[0].weight.sum(), state + len(obs)
+
+
+@pytest.mark.parametrize("burn_in", [0, 2])
+def test_both_networks_know_the_episode_up_to_the_step_that_they_judge(burn_in, tmp_path, monkeypatch):
+    batches, td_loss = [], lstm.td_loss
+
+    def spy(q_values, next_q_values, batch, *rest):
+        steps, next_steps = batch.obs[burn_in:-1, :, 2], batch.obs[burn_in + 1 :, :, 2]  # an observation tells its own
+        torch.testing.assert_close(q_values[..., 0][batch.learn], steps[batch.learn] + 1)
+        torch.testing.assert_close(next_q_values[..., 0][batch.learn], next_steps[batch.learn] + 1)
+        batches.append(batch)
+        return td_loss(q_values, next_q_values, batch, *rest)
+
+    monkeypatch.setattr(lstm, "QNetwork", HistoryCounter)
+    monkeypatch.setattr(lstm, "td_loss", spy)
+    lstm.train(options(tmp_path, env_id="toy_envs:Terminated-v0", learning_starts=100, burn_in=burn_in))
+    assert len(batches) == (201 - 100) // 4

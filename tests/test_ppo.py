@@ -439,3 +439,28 @@ def test_an_untrained_network_has_not_learned(tmp_path):
 
 def test_a_norm_of_0_does_not_clip(tmp_path):
     assert torch.equal(trained(tmp_path, "off", max_grad_norm=0.0), trained(tmp_path, "far", max_grad_norm=1e9))
+
+
+def test_all_columns_of_a_minibatch_are_of_the_same_transitions(tmp_path, monkeypatch):
+    # With gamma 0 a return is one reward, and in this environment that is the step plus half the action.
+    value, value_loss, log_probs_and_entropy = ppo.ActorCritic.value, ppo.value_loss, ppo.log_probs_and_entropy
+    last, checked = {}, []
+
+    def spy_on_value(network, obs):
+        last["obs"] = obs
+        return value(network, obs)
+
+    def spy_on_log_probs(logits, actions):
+        last["actions"] = actions
+        return log_probs_and_entropy(logits, actions)
+
+    def spy_on_value_loss(values, old_values, returns, clip_coef):
+        torch.testing.assert_close(returns, last["obs"][:, 2] + last["actions"] / 2)
+        checked.append(len(returns))
+        return value_loss(values, old_values, returns, clip_coef)
+
+    monkeypatch.setattr(ppo.ActorCritic, "value", spy_on_value)
+    monkeypatch.setattr(ppo, "log_probs_and_entropy", spy_on_log_probs)
+    monkeypatch.setattr(ppo, "value_loss", spy_on_value_loss)
+    ppo.train(options(tmp_path, env_id="toy_envs:Terminated-v0", gamma=0.0))
+    assert checked == [8] * 3 * 2 * 3  # rollouts * epochs * minibatches

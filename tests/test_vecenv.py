@@ -336,3 +336,26 @@ def test_an_error_in_a_worker_ends_the_run_with_its_message(tmp_path):
     assert_nothing_is_left(
         [p for p in psutil.process_iter() if p.status() != "zombie" and str(tmp_path) in " ".join(p.cmdline())]
     )
+
+
+# --- What must not depend on the number of environments ---
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 8])
+def test_gradient_steps_are_counted_in_transitions(num_envs, tmp_path):
+    changes = {"num_envs": num_envs, "eval_every": 10**9, "target_frequency": 10}
+    result = dqn.train(dqn.Args(**(SHORT | changes), vec_env="dummy", run_dir=str(tmp_path / "run")))
+    assert result["gradient_steps"] == (result["global_step"] - 100) // 4
+    assert result["target_syncs"] == result["gradient_steps"] * 4 // 10
+
+
+def test_exploration_is_drawn_for_each_environment(memories, tmp_path, monkeypatch):
+    monkeypatch.setattr(dqn.QNetwork, "forward", lambda self, obs: torch.eye(5)[0].expand(len(obs), 5))
+    changes = {"epsilon_start": 0.5, "epsilon_end": 0.5, "num_envs": 8, "eval_every": 10**9}
+    changes |= {"total_timesteps": 3_200, "learning_starts": 3_199, "env_id": "toy_envs:Mixed-v0"}
+    dqn.train(dqn.Args(**(SHORT | changes), vec_env="dummy", run_dir=str(tmp_path / "run")))
+    actions = memories[0].columns.actions[:3_200].reshape(400, 8)
+    # Action 0 is greedy, and one of five random ones: 0.6 of all actions, and all eight in 0.6 ** 8 = 0.017 of the
+    # steps. With one draw for the whole step that would be half of them.
+    assert np.mean(actions == 0) == pytest.approx(0.6, abs=0.04)
+    assert np.mean((actions == 0).all(axis=1)) < 0.06

@@ -1,0 +1,370 @@
+"""The classic mistakes of deep RL, each as a small patch of one of our scripts: what it costs, and which test sees it.
+
+    python benchmarks/bugs.py                      # the list, with the patches
+    python benchmarks/bugs.py --seeds 1 2 3        # train the scripts as they are, and with each mistake
+    python benchmarks/bugs.py --tests              # put every mistake before its test, which must fail
+    python benchmarks/bugs.py --table              # the README's table
+
+A mistake is a text of a script, which must occur there exactly once, and what stands in its place; it is applied in
+memory. Hardly one of these raises an error, and some still learn: that is why they live long.
+
+Writes benchmarks/results/bugs/: bugs.csv, a row per mistake and seed (no name: the script as it is); command.json. What
+has its row is not run again.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+import types
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "benchmarks" / "results" / "bugs"
+
+
+@dataclass
+class Bug:
+    name: str
+    script: str
+    test: str  # that fails because of it: file under tests/ and what follows in a node id
+    what: str  # the mistake, and who makes it
+    old: str
+    new: str
+    run: str | None = ""  # flags of the run that shows it, and of the same run without it; None: none is short enough
+    shows: str = "return"  # what is looked at after that run: the greedy return, or the value of a first state
+
+
+DQN, VECENV, ATARI, RECURRENT, PPO = (
+    f"{name}.py" for name in ("dqn_cartpole", "dqn_vecenv", "dqn_atari", "dqn_lstm_cartpole", "ppo_cartpole")
+)
+SHORT = "--total-timesteps 30000"  # of the recurrent one, without the velocities
+# Reward 1 for ever, in episodes of 5 steps that only the clock ends: the value of its only state is 1 / (1 - 0.9) = 10.
+CONSTANT = "--env-id toy_envs:Constant-v0 --gamma 0.9 --total-timesteps 30000"
+# A reward of -1 for each of the steps to the end of a corridor, in episodes of 5 steps.
+CORRIDOR = "--env-id corridor:Corridor-v0 --time-limit 5 --total-timesteps 30000"
+
+BUGS = [
+    # --- DQN ---
+    Bug("broadcast", DQN, "test_dqn.py::test_squared_td_errors_by_hand[dqn_cartpole]",
+        "Q(s, a) of shape (B, 1), targets of shape (B,): each is compared with each, and torch only warns",
+        "assert q_taken.shape == td_target.shape", "q_taken = q_taken.unsqueeze(1)"),
+    Bug("no-terminal-mask", DQN, "test_dqn.py::test_td_target_of_one_transition[dqn_cartpole-terminated]",
+        "bootstrapping where the episode ended for good: falling costs nothing",
+        "gamma * (1.0 - batch.terminated) * next_q_max", "gamma * next_q_max"),
+    Bug("truncation-is-death", DQN, "test_dqn.py::test_memory_holds_exactly_what_happened[3-Mixed-v0]",
+        "no bootstrap where time ran out; loops written for Gym's single `done`",
+        "last_obs, dones & ~truncated)", "last_obs, dones)"),
+    Bug("truncation-is-death-value", DQN, "test_dqn.py::test_truncation_does_not_end_the_value",
+        "the same where only the clock ends episodes (V is 10)",
+        "last_obs, dones & ~truncated)", "last_obs, dones)", CONSTANT, "value"),
+    Bug("reset-obs-as-next", DQN, "test_dqn.py::test_memory_holds_exactly_what_happened[3-Truncated-v0]",
+        "the next episode's first observation stored as this one's last, by loops that do not read the info; here "
+        "in a corridor, 8 steps from its end (V is -7.7), with a time limit of 5",
+        'last_obs[i] = infos[i]["terminal_observation"]', "pass", CORRIDOR, "value"),
+    Bug("target-never-synced", DQN, "test_dqn.py::test_counts_do_not_depend_on_the_number_of_environments[4-10-3]",
+        "the target network stays as it was initialised",
+        "update_target(target_parameters, parameters, args.tau)", "pass"),
+    Bug("target-is-an-alias", DQN, "test_dqn.py::test_targets_come_from_a_network_that_stays_behind",
+        "a second name for the network in place of a copy: nothing stays behind",
+        "target_network = copy.deepcopy(q_network)", "target_network = q_network"),
+    Bug("gradient-into-target", DQN, "test_dqn.py::test_targets_come_from_a_network_that_stays_behind",
+        "no target network and no detach: the gradient moves the target towards Q(s, a) too",
+        "with torch.no_grad():\n                    next_q_values = target_network(",
+        "if True:\n                    next_q_values = q_network("),
+    Bug("gradients-add-up", DQN, "test_dqn.py::test_a_gradient_step_follows_the_gradient_of_its_own_batch",
+        "no zero_grad: every step follows the sum of all gradients so far",
+        "optimizer.zero_grad()", "pass"),
+    Bug("samples-the-unfilled", DQN, "test_dqn.py::test_memory_holds_the_last_transitions_like_a_deque[3]",
+        "drawing from the whole ring before it is full: transitions made of zeros",
+        "torch.randint(min(self.added, self.capacity), ", "torch.randint(self.capacity, "),
+    Bug("epsilon-stays", DQN, "test_dqn.py::test_epsilon_follows_its_schedule_in_transitions[linear]",
+        "epsilon is computed and never lowered: all actions of the run are random",
+        "args.exploration_steps, global_step)", "args.exploration_steps, 0)"),
+    # --- Several environments ---
+    Bug("modulo-cadence", DQN, "test_dqn.py::test_counts_do_not_depend_on_the_number_of_environments[4-10-3]",
+        "`global_step % 5 == 0` where 16 environments move it by 16: a gradient step per 80 transitions, not per 5",
+        "while gradient_steps < (global_step - args.learning_starts) // args.train_frequency:",
+        "if global_step > args.learning_starts and global_step % args.train_frequency == 0:"),
+    Bug("step-per-iteration", VECENV, "test_vecenv.py::test_gradient_steps_are_counted_in_transitions[8]",
+        "a gradient step per iteration of the loop: with 64 environments one per 64 transitions, not per 16",
+        "while gradient_steps < (global_step - args.learning_starts) // args.train_frequency:",
+        "if global_step > args.learning_starts:", "--num-envs 64"),
+    Bug("one-epsilon-draw", VECENV, "test_vecenv.py::test_exploration_is_drawn_for_each_environment",
+        "one draw for all environments: a step is all random or all greedy; loops written for one environment",
+        "torch.rand(args.num_envs) < epsilon", "torch.rand(1) < epsilon"),
+    Bug("acts-on-the-dead", VECENV, "test_vecenv.py::test_memory_holds_exactly_what_happened[dummy-Mixed-v0]",
+        "the last observation written into the array that the next actions are chosen from",
+        "last_obs = next_obs.copy()", "last_obs = next_obs"),
+    Bug("late-reset", VECENV, "test_vecenv.py::test_memory_holds_exactly_what_happened[envpool-Mixed-v0]",
+        "EnvPool and Gymnasium 1 reset in the step after the end: a step that never happened is stored",
+        'first_obs, info = self.pool.reset(ended.astype(np.int32))  # it reads 32 bits, and does not convert\n'
+        '            obs[info["env_id"]] = first_obs', "pass", None),
+    # --- Atari ---
+    Bug("scaled-twice", ATARI, "test_atari_memory.py::test_types_and_shapes",
+        "pixels divided by 255 in the memory, and again in the network",
+        "frames = torch.from_numpy(frames).to(device)",
+        "frames = torch.from_numpy(frames).to(device) / 255.0", None),
+    Bug("stack-not-cleared", ATARI, "test_atari_memory.py::test_equals_a_memory_of_whole_stacks[0.6-1-7]",
+        "the actor's stack still shows the episode before",
+        "stacks[ended] = 0", "pass", None),
+    Bug("stack-crosses-episodes", ATARI, "test_atari_memory.py::test_equals_a_memory_of_whole_stacks[0.6-1-7]",
+        "stacks built across a reset; memories of single frames",
+        "frames[:, :3][np.logical_or.accumulate(starts[:, ::-1], axis=1)[:, ::-1]] = 0", "pass", None),
+    Bug("next-slot-is-next-obs", ATARI,
+        "test_atari_memory.py::test_next_obs_of_an_ended_episode_is_its_last_observation",
+        "next_obs taken from the next slot, where an episode's end has left a reset frame; memories that save space",
+        "self._write(np.arange(self.num_envs), last_frames, starts=False)",
+        "self._write(np.arange(self.num_envs), next_frames, starts=False)", None),
+    Bug("reset-frame-as-next", ATARI, "test_atari_memory.py::test_training_stores_the_last_frame_of_an_episode_too",
+        "the same, where the loop does not read the info",
+        'last_frames[i] = infos[i]["terminal_observation"]', "pass", None),
+    Bug("life-resets-the-game", ATARI,
+        "test_atari_env.py::test_a_lost_life_does_not_reset_the_game_but_a_seed_does",
+        "a lost life restarts the game, so that its later stages stay unseen; Gymnasium's AtariPreprocessing "
+        "([its issue 166](https://github.com/Farama-Foundation/Gymnasium/issues/166))",
+        "if self.training and not self.game_over:", "if False:", None),
+    Bug("clipped-scores", ATARI, "test_atari_env.py::test_evaluation_plays_whole_games_for_the_raw_score",
+        "evaluating in the training environment: lives for games, signs of rewards for scores",
+        "training=not evaluation", "training=True", None),
+    Bug("stale-last-frame", ATARI, "test_atari_env.py::test_equals_sb3_when_time_runs_out[True]",
+        "where a game ends within four frames, the maximum takes in an old screen; Stable-Baselines3's wrappers",
+        "if frame < 3:", "if False:", None),
+    Bug("flicker", ATARI, "test_atari_env.py::test_equals_sb3_over_whole_games[MsPacman]",
+        "the last of four frames alone: sprites drawn on alternate frames are missing",
+        "np.maximum(self.screens[0], self.screens[1], out=self.screens[0])",
+        "self.screens[0] = self.screens[1]", None),
+    # --- LSTM ---
+    Bug("state-not-reset", RECURRENT,
+        "test_dqn_lstm.py::test_each_environment_has_its_own_state_that_begins_with_the_episode",
+        "the hidden state carried into the next episode",
+        "self.state[:, :, which] = 0.0", "pass", SHORT),
+    Bug("state-one-step-late", RECURRENT,
+        "test_dqn_lstm.py::test_both_networks_know_the_episode_up_to_the_step_that_they_judge[2]",
+        "the state after an observation stored as the one before it",
+        "states = episodes.state.permute", "states = next_state.permute", SHORT),
+    Bug("target-of-next-obs", RECURRENT,
+        "test_dqn_lstm.py::test_both_networks_know_the_episode_up_to_the_step_that_they_judge[2]",
+        "the target network fed next_obs alone, from a zero state: it does not know what led there",
+        "next_q_values = unroll(target_network, batch, args.burn_in)[1:]",
+        "next_q_values = target_network(batch.obs[args.burn_in + 1 :], 0 * batch.state)[0]", SHORT),
+    Bug("sequences-cross-resets", RECURRENT,
+        "test_dqn_lstm.py::test_a_sequence_is_a_stretch_of_one_episode[0.15-60-150-4-0]",
+        "sequences cut from the memory with no look at where episodes end",
+        "learn = (steps == steps[0] + step[burn_in:]) & (", "learn = (", SHORT),
+    Bug("gradient-in-burn-in", RECURRENT, "test_dqn_lstm.py::test_no_gradient_from_burn_in_and_padding",
+        "a gradient through the burn-in",
+        "with torch.no_grad():\n            _, after =", "if True:\n            _, after =", SHORT),
+    # --- PPO ---
+    Bug("gae-crosses-episodes", PPO, "test_ppo.py::test_gae_equals_the_sums_of_its_definition[0.9-0.8-0.2]",
+        "advantages without the mask: an episode earns what the next one does",
+        "goes_on = 1.0 - ended", "goes_on = np.ones_like(rewards)"),
+    Bug("timeout-is-death", PPO, "test_ppo.py::test_a_timeout_adds_the_value_of_the_observation_that_it_cut_off",
+        "no value added where time ran out; CleanRL "
+        "([its issue 198](https://github.com/vwxyzjn/cleanrl/issues/198))",
+        'if infos[i]["TimeLimit.truncated"]:', "if False:"),
+    Bug("timeout-is-death-value", PPO, "test_ppo.py::test_truncation_does_not_end_the_value",
+        "the same where only the clock ends episodes (V is 10)",
+        'if infos[i]["TimeLimit.truncated"]:', "if False:", CONSTANT, "value"),
+    Bug("entropy-sign", PPO, "test_ppo.py::test_the_entropy_bonus_raises_entropy",
+        "the entropy bonus with the wrong sign: certainty is rewarded (--entropy-coef 0.01)",
+        "loss = loss - args.entropy_coef", "loss = loss + args.entropy_coef", "--entropy-coef 0.01"),
+    Bug("ratio-always-1", PPO, "test_ppo.py::test_the_ratio_is_one_in_the_first_minibatch_of_a_rollout",
+        "old log-probabilities computed anew in every minibatch: the ratio is 1 and nothing is clipped",
+        "ppo_loss(log_probs, mb_log_probs, ", "ppo_loss(log_probs, log_probs.detach(), "),
+    Bug("ratio-attached", PPO, "test_ppo.py::test_the_ratio_is_one_in_the_first_minibatch_of_a_rollout",
+        "the same without detach: the policy's gradient is 0",
+        "ppo_loss(log_probs, mb_log_probs, ", "ppo_loss(log_probs, log_probs, "),
+    Bug("columns-shuffled-apart", PPO, "test_ppo.py::test_all_columns_of_a_minibatch_are_of_the_same_transitions",
+        "each column shuffled in an order of its own: advantages meet other actions",
+        "column[order].split", "column[torch.randperm(len(obs))].split"),
+    Bug("axes-swapped", PPO, "test_ppo.py::test_all_columns_of_a_minibatch_are_of_the_same_transitions",
+        "observations flattened as (N, T), the rest as (T, N): all shapes fit",
+        "all_obs[:-1].flatten(0, 1)", "all_obs[:-1].transpose(0, 1).flatten(0, 1)"),
+    Bug("not-shuffled", PPO, "test_ppo.py::test_every_sample_is_seen_once_per_epoch_and_its_columns_stay_together",
+        "minibatches in the order of time",
+        "torch.randperm(len(obs))", "torch.arange(len(obs))"),
+    Bug("learning-rate-rises", PPO, "test_ppo.py::test_learning_rate_and_clip_fall_in_a_straight_line[True]",
+        "the learning rate annealed the wrong way, from 0 to its full size",
+        "linear_schedule(args.learning_rate, 0.0, ", "linear_schedule(0.0, args.learning_rate, "),
+]  # fmt: skip
+
+
+def patched(bug: Bug) -> str:
+    """Return the script's text with the mistake; raise ValueError where the script has changed."""
+    text = (ROOT / bug.script).read_text()
+    if text.count(bug.old) != 1:
+        raise ValueError(f"{bug.name} no longer fits: {bug.script} has {text.count(bug.old)} times\n{bug.old}")
+    return text.replace(bug.old, bug.new)
+
+
+def load(script: str, text: str) -> types.ModuleType:
+    """Make this text the module of that name, in place of the file."""
+    module = types.ModuleType(Path(script).stem)
+    module.__file__ = str(ROOT / script)
+    sys.modules[module.__name__] = module
+    exec(compile(text, module.__file__, "exec"), vars(module))
+    return module
+
+
+# --- What a mistake costs ---
+
+
+def flags_of(bug: Bug) -> str:
+    return " ".join(["--vec-env dummy"] * (bug.script == VECENV) + [bug.run]).strip()
+
+
+def train(bug: Bug, text: str, seed: int) -> float:
+    """Train this text of bug.script; return the last network's greedy return, or its value of a first state."""
+    module = load(bug.script, text)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        flags = f"--seed {seed} --run-dir {folder}/run --eval-every 1000000000 --final-eval-episodes 50 {flags_of(bug)}"
+        args = tyro.cli(module.Args, args=shlex.split(flags))
+        try:
+            result = module.train(args)
+        except FloatingPointError:
+            return float("nan")
+        if bug.shows == "return":
+            return result["final_return_mean"]
+        env = module.make_env(args)
+        network = module.ActorCritic if bug.script == PPO else module.QNetwork
+        network = network(env.observation_space, env.action_space, args)
+        network.load_state_dict(module.load_checkpoint(Path(folder, "run", "last.pt"))["network"])
+        obs = torch.from_numpy(env.reset(seed=11)[0]).unsqueeze(0)  # of the corridor: 8 steps from its end
+        return (network.value(obs) if bug.script == PPO else network(obs)).max().item()
+
+
+def known_rows() -> list[dict]:
+    if not (OUT / "bugs.csv").exists():
+        return []
+    with open(OUT / "bugs.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def run_seeds(bugs: list[Bug], seeds: list[int]):
+    """Train each script with each mistake and without, on each seed; append what is missing to bugs.csv."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    about = {"command": "python benchmarks/bugs.py --seeds N", "python": platform.python_version()}
+    about |= {name: version(name) for name in ("torch", "gymnasium", "stable-baselines3", "numpy")}
+    about |= {"machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"}
+    (OUT / "command.json").write_text(json.dumps(about, indent=2) + "\n")
+    for seed, bug, broken in ((seed, bug, broken) for bug in bugs for seed in seeds for broken in (False, True)):
+        row = {"bug": bug.name if broken else "", "script": bug.script, "flags": flags_of(bug), "shows": bug.shows}
+        row |= {"seed": str(seed)}
+        if any(row.items() <= known.items() for known in known_rows()):
+            continue
+        started = time.process_time()
+        result = train(bug, patched(bug) if broken else (ROOT / bug.script).read_text(), seed)
+        row |= {"result": f"{result:.2f}", "cpu_seconds": f"{time.process_time() - started:.1f}"}
+        new = not (OUT / "bugs.csv").exists()
+        with open(OUT / "bugs.csv", "a", newline="") as file:
+            writer = csv.DictWriter(file, row, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        print(", ".join(row.values()), flush=True)
+
+
+def results(bug: Bug, broken: bool) -> dict[str, float]:
+    """Return what bugs.csv holds of it, or of the same runs without it: {seed: result}."""
+    key = {"bug": bug.name if broken else "", "script": bug.script, "flags": flags_of(bug), "shows": bug.shows}
+    return {row["seed"]: float(row["result"]) for row in known_rows() if key.items() <= row.items()}
+
+
+def table() -> str:
+    """Return the README's table: greedy returns, or values (V), over the seeds of bugs.csv."""
+    lines = ["| script | mistake | with it: mean (lowest) | without | caught by |", "|---|---|---:|---:|---|"]
+    for bug in BUGS:
+        cells = ["not trained" if bug.run is None else "not run yet", ""]
+        if bug.run is not None and results(bug, broken=True):
+            found, right = (results(bug, broken).values() for broken in (True, False))
+            form = "V = {:.1f}" if bug.shows == "value" else "{:.1f} ({:.1f})"
+            cells = [form.format(mean(values), min(values)) for values in (found, right)]
+            if abs(mean(found) - mean(right)) <= 0.02 * abs(mean(right)):
+                cells[0] += ", none seen"
+        file, _, name = bug.test.partition("::")
+        name = f"[`{name.partition('[')[0]}`](tests/{file})"
+        lines.append("| " + " | ".join([f"`{bug.script}`", bug.what, *cells, name]) + " |")
+    return "\n".join(lines)
+
+
+# --- Which test catches it ---
+
+
+class Failures:
+    """A pytest plugin that keeps what each failed test said; an error in place of a failure is none."""
+
+    def __init__(self):
+        self.said = []
+
+    def pytest_exception_interact(self, call, report):
+        if report.when == "call" and isinstance(call.excinfo.value, (AssertionError, pytest.fail.Exception)):
+            self.said.append(str(call.excinfo.value).strip().partition("\n")[0])
+
+
+def run_tests(tests: list[str]) -> tuple[int, list[str]]:
+    """Run these tests on the scripts as sys.modules has them; return pytest's status and what the failed ones said."""
+    for name in [name for name in sys.modules if name.startswith("test_") or name == "conftest"]:
+        del sys.modules[name]  # they hold the scripts of the last call
+    failures, nodes = Failures(), [f"{ROOT}/tests/{test}" for test in tests]
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = pytest.main(["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", *nodes], plugins=[failures])
+    return int(status), failures.said
+
+
+def check(bugs: list[Bug]) -> bool:
+    """Run the test of each bug, which must pass on the script and fail with the mistake; return whether all did."""
+    status, said = run_tests(list(dict.fromkeys(bug.test for bug in bugs)))
+    print(f"without a mistake: {'passed' if status == 0 else f'pytest says {status} {said}'}", flush=True)
+    all_caught = status == 0
+    for bug in bugs:
+        load(bug.script, patched(bug))
+        before = time.perf_counter()
+        status, said = run_tests([bug.test])
+        del sys.modules[Path(bug.script).stem]
+        caught = status == 1 and len(said) > 0  # 1: tests failed
+        all_caught &= caught
+        what = f"caught: {said[0][:100]}" if caught else f"NOT CAUGHT (pytest says {status})"
+        print(f"{bug.name:25} {time.perf_counter() - before:4.1f} s  {bug.test}\n{'':33}{what}", flush=True)
+    return all_caught
+
+
+@dataclass
+class Args:
+    seeds: list[int] = field(default_factory=list)  # train with each mistake, and without, on these seeds
+    tests: bool = False  # put every mistake before its test
+    table: bool = False  # print the README's table
+    only: list[str] = field(default_factory=list)  # names of mistakes (default: all)
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__)
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    bugs = [bug for bug in BUGS if bug.name in args.only or not args.only]
+    if args.seeds:
+        run_seeds([bug for bug in bugs if bug.run is not None], args.seeds)
+    if args.table:
+        print(table())
+    if args.tests and not check(bugs):
+        raise SystemExit(1)
+    if not (args.seeds or args.table or args.tests):
+        for bug in bugs:
+            lines = [f"- {line}" for line in bug.old.splitlines()] + [f"+ {line}" for line in bug.new.splitlines()]
+            print(f"{bug.name} ({bug.script}): {bug.what}", *lines, "", sep="\n")
+
+
+if __name__ == "__main__":
+    main()

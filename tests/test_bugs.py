@@ -1,0 +1,79 @@
+"""The gallery of mistakes in benchmarks/bugs.py: every patch fits the scripts as they are, and its test catches it."""
+
+import ast
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from conftest import ROOT, environment
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import bugs
+
+each_bug = pytest.mark.parametrize("bug", bugs.BUGS, ids=lambda bug: bug.name)
+
+
+@each_bug
+def test_a_mistake_fits_its_script_and_compiles(bug):
+    compile(bugs.patched(bug), bug.script, "exec")
+
+
+@each_bug
+def test_the_named_test_exists(bug):
+    file, _, name = bug.test.partition("::")
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    assert name.partition("[")[0] in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_names_differ():
+    assert len({bug.name for bug in bugs.BUGS}) == len(bugs.BUGS)
+
+
+@pytest.mark.parametrize("old", ["no such text", "import"])
+def test_a_mistake_that_no_longer_fits_is_named(old):
+    with pytest.raises(ValueError, match="broadcast no longer fits"):
+        bugs.patched(replace(bugs.BUGS[0], old=old))
+
+
+def test_beside_each_result_stands_the_one_without_the_mistake():
+    trained = [bug for bug in bugs.BUGS if bug.run is not None and bugs.results(bug, broken=True)]
+    assert trained
+    for bug in trained:
+        assert bugs.results(bug, broken=True).keys() <= bugs.results(bug, broken=False).keys()
+
+
+@pytest.fixture(scope="module")
+def report():
+    """What `python benchmarks/bugs.py --tests` prints: a process of its own, since it swaps the modules of scripts."""
+    command = [sys.executable, ROOT / "benchmarks" / "bugs.py", "--tests"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment())
+
+
+def test_the_named_tests_pass_without_a_mistake(report):
+    assert "without a mistake: passed" in report.stdout, report.stdout + report.stderr
+
+
+@each_bug
+def test_a_mistake_is_caught(bug, report):
+    said = re.search(rf"(?m)^{re.escape(bug.name)} .*\n +(.*)$", report.stdout)
+    assert said and said[1].startswith("caught: "), report.stdout + report.stderr
+
+
+NO_MISTAKES = """
+import sys
+from dataclasses import replace
+sys.path[:0] = sys.argv[1:]
+import bugs
+bug = bugs.BUGS[0]
+harmless, broken = replace(bug, new=bug.old), replace(bug, new="raise NameError")
+print([bugs.check([one]) for one in (bug, harmless, broken)])
+"""
+
+
+def test_what_is_harmless_or_cannot_run_is_not_taken_for_caught():
+    folders = [ROOT, ROOT / "tests", ROOT / "benchmarks"]
+    command = [sys.executable, "-c", NO_MISTAKES, *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
+    assert done.stdout.endswith("[True, False, False]\n"), done.stdout + done.stderr
