@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -17,7 +18,9 @@ import torch
 from conftest import ROOT, SCRIPTS, load
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import bugs
 import differences
+import drawings
 import pictures
 import plot
 import run_seeds
@@ -27,24 +30,35 @@ import table
 import vec_env_cost
 
 README = (ROOT / "README.md").read_text()
+READMES = [README, (ROOT / "README.zh-CN.md").read_text()]
 RESULTS = sorted(path.parent.name for path in (ROOT / "benchmarks" / "results").glob("*/summary.csv"))
+OF_TEN_SEEDS = ["dqn_cartpole", "dqn_vecenv", "ppo_cartpole", "dqn_lstm_cartpole"]
+OTHERS = ["dqn_vecenv_dummy", "dqn_vecenv_envpool", "dqn_lstm_cartpole_memory_none", "dqn_lstm_cartpole_hide_none"]
+TABLES = {
+    "seeds": lambda: table.table("dqn_cartpole"),
+    **{name: partial(table.row_of, name) for name in OF_TEN_SEEDS + OTHERS},
+    "settings": lambda: table.settings("dqn_lstm_cartpole_100k"),
+    "costs": vec_env_cost.table,
+    "ratios": speed.table,
+    "differences": differences.table,
+    "mistakes": bugs.table,
+}
+
+each_readme = pytest.mark.parametrize("readme", READMES, ids=["en", "zh"])
 
 
-@pytest.mark.parametrize("name", ["dqn_cartpole", "dqn_vecenv", "ppo_cartpole", "dqn_lstm_cartpole"])
-def test_the_table_of_seeds_is_that_of_the_raw_data(name):
-    assert table.row_of(name) in README
+@each_readme
+@pytest.mark.parametrize("make_table", TABLES.values(), ids=TABLES)
+def test_a_table_is_that_of_the_raw_data(make_table, readme):
+    assert make_table() in readme
 
 
-def test_the_table_of_ten_seeds_is_that_of_the_raw_data():
-    assert table.table("dqn_cartpole") in README
-
-
-def test_the_table_of_costs_is_that_of_the_raw_data():
-    assert vec_env_cost.table() in README
-
-
-def test_the_table_of_ratios_is_that_of_the_raw_data():
-    assert speed.table() in README
+def test_both_readmes_show_the_same_commands_and_pictures():
+    commands, shown = (
+        [re.findall(pattern, readme) for readme in READMES]
+        for pattern in (r"(?ms)^```\w+\n.*?^```$", r"!\[[^\]]*\]\(([^)]+)\)")
+    )
+    assert commands[0] == commands[1] and shown[0] == shown[1]
 
 
 def test_a_rate_is_a_rate():
@@ -116,8 +130,6 @@ def test_a_picture_is_drawn(tmp_path, monkeypatch):
 
 def test_the_page_of_differences_is_that_of_the_scripts():
     assert (ROOT / "docs" / "differences.md").read_text() == differences.page(), "python benchmarks/differences.py"
-    if "differences.py" in README:
-        assert differences.table() in README
 
 
 @pytest.mark.parametrize("name", differences.OTHERS)
@@ -376,3 +388,29 @@ def test_the_citation_file_says_what_the_format_asks_for():
     assert '\nauthors:\n  - name: "The authors of deep-rl-single-files"\n' in text
     assert (ROOT / "README.md").read_text().startswith(f"# {fields['title']}\n")
     assert "http" not in text and "\t" not in text
+
+
+# --- The tour ---
+
+
+def test_the_tour_speaks_of_what_is_there():
+    scripts = "".join(path.read_text() for path in SCRIPTS)
+    tour = (ROOT / "docs" / "tour.md").read_text()
+    names = set(re.findall(r"`(--[\w-]+|[A-Za-z_]+_[\w.]*)", tour))
+    assert len(names) > 30
+    for name in names:
+        known = name[2:].replace("-", "_") if name.startswith("--") else name.split(".")[-1]
+        assert known in scripts or (ROOT / "tests" / "test_dqn.py").read_text().count(f"def {known}("), name
+    for line in re.findall(r"(?m)^ *(?:q_values|next_q_values|memory\.add|last_obs|while) .*$", tour):
+        code = line.strip()
+        assert "`" in code or code in scripts, code
+
+
+def test_the_pictures_of_the_tour_are_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(drawings, "breakout", lambda: ([14, 6, 28], np.zeros((4, 84, 84), np.uint8)))
+    monkeypatch.setattr(sys, "argv", ["drawings.py", "--out", str(tmp_path)])
+    drawings.main()
+    assert capsys.readouterr().out == "3 bricks, 6 to 28 steps after the paddle's hit, median 14\n"
+    shown = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "docs" / "tour.md").read_text())
+    assert {path.name for path in tmp_path.iterdir()} == set(shown)
+    assert all((ROOT / "docs" / name).exists() for name in shown)
