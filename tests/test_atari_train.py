@@ -127,9 +127,9 @@ def test_a_resumed_run_learns_on_at_once_only_with_its_memory(checkpoint_memory,
     assert result["gradient_steps"] == (200 if checkpoint_memory else 150)
 
 
-def test_everything_but_the_replay_memory_takes_about_half_a_gigabyte(python, tmp_path):
+def test_everything_but_the_replay_memory_takes_well_under_a_gigabyte(python, tmp_path):
     done = python(ROOT / "benchmarks" / "atari_memory.py", "--buffer-size", 30_000, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     (row,) = csv.DictReader((tmp_path / "atari_memory.csv").open())
     assert int(row["frames"]) >= 30_000 * 84 * 84
-    assert 100e6 < int(row["everything_else"]) < 600e6
+    assert 100e6 < int(row["everything_else"]) < 700e6
