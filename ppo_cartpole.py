@@ -536,6 +536,12 @@ def save_atomically(contents: dict, path: Path):
         raise OSError(number, os.strerror(number), str(path)) from None
 
 
+def write_atomically(text: str, path: Path):
+    """The same for a text."""
+    path.with_suffix(".tmp").write_text(text)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
 def is_disk_error(error) -> bool:
     """Whether this is the error of a disk that is full, or cannot be written."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -672,9 +678,9 @@ class Run:
                 lines = (self.dir / "progress.csv").read_text(errors="replace").splitlines()
                 whole = [re.fullmatch(r"(\d+),[\w/]+,[-+.\de]+", line) for line in lines]
                 rows += [match[0] for match in whole if match and int(match[1]) <= step]
-            self.csv_file = open(self.dir / "progress.csv", "w")
-            self.csv_file.write("\n".join(rows) + "\n")
-            (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+            write_atomically("\n".join(rows) + "\n", self.dir / "progress.csv")
+            write_atomically(json.dumps(asdict(args), indent=2) + "\n", self.dir / "args.json")
+            self.csv_file = open(self.dir / "progress.csv", "a")
         except OSError as error:
             refuse(f"cannot write the run directory {self.dir}: {error.strerror}")
         if args.track == "wandb":

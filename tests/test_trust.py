@@ -92,6 +92,27 @@ class Interrupted(BaseException):
     pass
 
 
+DIE_EARLY = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import dqn_cartpole
+
+dqn_cartpole.SummaryWriter = lambda *args, **options: os._exit(9)  # as SIGKILL does: nothing is flushed
+dqn_cartpole.train(dqn_cartpole.Args(**json.loads(sys.argv[2])))
+"""
+
+
+def test_a_kill_while_a_resumed_run_begins_loses_no_curve(python, tmp_path):
+    train("dqn_cartpole", tmp_path / "run")
+    before = (tmp_path / "run" / "progress.csv").read_text()
+    assert before.count("eval/return_mean") == 2
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    args |= {"resume": str(tmp_path / "run"), "run_dir": "", "total_timesteps": 5_000}
+    assert python("-c", DIE_EARLY, ROOT, json.dumps(args)).returncode == 9
+    assert (tmp_path / "run" / "progress.csv").read_text() == before
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["total_timesteps"] == 5_000
+
+
 @pytest.mark.parametrize("vec_env", ["dummy", "subproc"])
 @pytest.mark.parametrize("name", VECTOR_SCRIPTS)
 def test_an_interrupted_run_ends_with_the_same_parameters_to_the_bit(name, vec_env, tmp_path, monkeypatch):
