@@ -700,7 +700,7 @@ def save_atomically(contents: dict, path: Path):
 
 
 def write_atomically(text: str, path: Path):
-    """The same for a text."""
+    """Write a text in the same way: a kill leaves the old file or the new one."""
     path.with_suffix(".tmp").write_text(text)
     os.replace(path.with_suffix(".tmp"), path)
 
