@@ -359,9 +359,10 @@ def train(args: Args) -> dict:
             global_step += args.num_envs
 
             # Learn: one gradient step per train_frequency transitions, however many environments there are.
-            optimizer.param_groups[0]["lr"] = linear_schedule(
+            learning_rate = linear_schedule(
                 args.learning_rate, args.learning_rate_end, args.total_timesteps, global_step
             )
+            optimizer.param_groups[0]["lr"] = learning_rate
             while gradient_steps < (global_step - args.learning_starts) // args.train_frequency:
                 batch = memory.sample(args.batch_size, device)
                 with torch.no_grad():
@@ -380,7 +381,8 @@ def train(args: Args) -> dict:
                     target_syncs += 1
 
                 if gradient_steps % 500 == 0:
-                    metrics = {"loss": loss.item(), "q_taken": q_taken.mean().item(), "epsilon": epsilon}
+                    metrics = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
+                    metrics |= {"epsilon": epsilon, "learning_rate": learning_rate}
                     run.write(global_step, {f"train/{name}": value for name, value in metrics.items()})
 
             # Receive and store. Where an episode ended, next_obs is already the first observation of the next one: the
@@ -831,13 +833,24 @@ class Run:
         (self.dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         self.csv_file.flush()
         draw_curves(self.dir)
-        self.say(
-            f"final network: {returns.mean():.1f} over {len(returns)} episodes (min {returns.min():.0f}); "
-            f"best network: {best_returns.mean():.1f}; {seconds:.1f} s of training"
-        )
+        final = f"final network: {returns.mean():.1f} over {len(returns)} episodes (min {returns.min():.0f})"
+        self.say(f"{final}; best network: {best_returns.mean():.1f}; {seconds:.1f} s of training")
         if args.video:
             evaluate(args, best, 1, seed, render_mode="rgb_array", video_dir=self.dir / "videos")
+            self.show_film(next((self.dir / "videos").glob("*.mp4")))
         return result
+
+    def show_film(self, path: Path):
+        """Show the first 20 seconds of a film among TensorBoard's images, as an animated GIF that lies beside it."""
+        from moviepy import VideoFileClip  # only here: SummaryWriter.add_video calls moviepy 1, and fails with 2
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        gif = path.with_suffix(".gif")
+        with VideoFileClip(str(path)) as film:
+            film.subclipped(0, min(20, film.duration)).resized(width=160).write_gif(gif, fps=15, logger=None)
+        image = Summary.Image(encoded_image_string=gif.read_bytes())
+        summary = Summary(value=[Summary.Value(tag="best network", image=image)])
+        self.tensorboard.file_writer.add_summary(summary, self.counts["global_step"])
 
 
 def draw_curves(run_dir: Path):

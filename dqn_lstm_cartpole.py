@@ -150,6 +150,7 @@ class Args:
     train_frequency: int = 10  # transitions per gradient step
     target_frequency: int = 10  # transitions per update of the target network
     tau: float = 0.02  # how far that update moves the target network to the online one; 1 makes it a copy
+    average_steps: int = 1_000  # gradient steps over which the evaluated network averages the online one; 1: no average
     gamma: float = 0.99  # discount per step
     buffer_size: int = 200_000  # transitions in the replay memory
     n_step: int = 3  # rewards in a TD target before the bootstrap; fewer where the sequence ends
@@ -168,7 +169,7 @@ class Args:
     epsilon_schedule: Literal["linear", "exponential"] = "linear"  # how epsilon goes from start to end
 
     # optimisation
-    learning_rate: float = 4e-3  # step size of Adam at the start
+    learning_rate: float = 2e-3  # step size of Adam at the start
     learning_rate_end: float = 0.0  # step size at the end; it falls linearly over total_timesteps
     optimizer_eps: float = 1e-5  # added to the root mean square that Adam divides by
     loss: Literal["mse", "huber"] = "mse"  # loss of the TD error: its square, or linear beyond 1
@@ -508,8 +509,9 @@ def train(args: Args) -> dict:
 
     envs = make_envs(args)
     q_network = QNetwork(envs.observation_space, envs.action_space, args).to(device)
-    target_network = copy.deepcopy(q_network)
+    target_network, average_network = copy.deepcopy(q_network), copy.deepcopy(q_network)
     parameters, target_parameters = list(q_network.parameters()), list(target_network.parameters())
+    average_parameters = list(average_network.parameters())
     adam = {"eps": args.optimizer_eps, "weight_decay": args.weight_decay, "fused": True}  # fused: one kernel
     optimizer = torch.optim.Adam(parameters, args.learning_rate, **adam)
     obs_dim, state_shape = envs.observation_space.shape[0], q_network.state_shape
@@ -519,8 +521,8 @@ def train(args: Args) -> dict:
     global_step = gradient_steps = target_syncs = 0
     loss = torch.zeros(())  # until the first gradient step
 
-    state = {"target_network": target_network, "optimizer": optimizer, "memory": memory, "episodes": episodes}
-    with Run(args, envs, q_network, **state) as run:
+    state = {"online_network": q_network, "target_network": target_network, "optimizer": optimizer}
+    with Run(args, envs, average_network, **state, memory=memory, episodes=episodes) as run:
         run.say(f"replay memory of {memory.nbytes / 1e6:,.1f} MB")
         if args.resume:
             global_step, gradient_steps, target_syncs = run.restored()
@@ -544,9 +546,10 @@ def train(args: Args) -> dict:
             global_step += args.num_envs
 
             # Learn: one gradient step per train_frequency transitions, however many environments there are.
-            optimizer.param_groups[0]["lr"] = linear_schedule(
+            learning_rate = linear_schedule(
                 args.learning_rate, args.learning_rate_end, args.total_timesteps, global_step
             )
+            optimizer.param_groups[0]["lr"] = learning_rate
             while gradient_steps < (global_step - args.learning_starts) // args.train_frequency:
                 batch = memory.sample(args.batch_size, args.sequence_length, args.burn_in, device)
                 if args.initial_state == "zero":
@@ -563,6 +566,9 @@ def train(args: Args) -> dict:
                     nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 gradient_steps += 1
+                # What is evaluated and kept is the mean of the weights so far, then a running one (Polyak and Juditsky
+                # 1992). The online network swings around a good policy; the average stays near it.
+                update_target(average_parameters, parameters, 1 / min(gradient_steps, args.average_steps))
 
                 # Sync the target every target_frequency transitions; a gradient step stands for train_frequency.
                 if target_syncs < gradient_steps * args.train_frequency // args.target_frequency:
@@ -570,7 +576,8 @@ def train(args: Args) -> dict:
                     target_syncs += 1
 
                 if gradient_steps % 500 == 0:
-                    metrics = {"loss": loss.item(), "q_taken": q_taken.mean().item(), "epsilon": epsilon}
+                    metrics = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
+                    metrics |= {"epsilon": epsilon, "learning_rate": learning_rate}
                     run.write(global_step, {f"train/{name}": value for name, value in metrics.items()})
 
             # Receive and store. Where an episode ended, next_obs is already the first observation of the next one: the
@@ -1026,13 +1033,24 @@ class Run:
         (self.dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         self.csv_file.flush()
         draw_curves(self.dir)
-        self.say(
-            f"final network: {returns.mean():.1f} over {len(returns)} episodes (min {returns.min():.0f}); "
-            f"best network: {best_returns.mean():.1f}; {seconds:.1f} s of training"
-        )
+        final = f"final network: {returns.mean():.1f} over {len(returns)} episodes (min {returns.min():.0f})"
+        self.say(f"{final}; best network: {best_returns.mean():.1f}; {seconds:.1f} s of training")
         if args.video:
             evaluate(args, best, 1, seed, render_mode="rgb_array", video_dir=self.dir / "videos")
+            self.show_film(next((self.dir / "videos").glob("*.mp4")))
         return result
+
+    def show_film(self, path: Path):
+        """Show the first 20 seconds of a film among TensorBoard's images, as an animated GIF that lies beside it."""
+        from moviepy import VideoFileClip  # only here: SummaryWriter.add_video calls moviepy 1, and fails with 2
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        gif = path.with_suffix(".gif")
+        with VideoFileClip(str(path)) as film:
+            film.subclipped(0, min(20, film.duration)).resized(width=160).write_gif(gif, fps=15, logger=None)
+        image = Summary.Image(encoded_image_string=gif.read_bytes())
+        summary = Summary(value=[Summary.Value(tag="best network", image=image)])
+        self.tensorboard.file_writer.add_summary(summary, self.counts["global_step"])
 
 
 def draw_curves(run_dir: Path):

@@ -3,11 +3,12 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
-from dqn_atari import Args, QNetwork, make_env, make_optimizer, train
+from dqn_atari import Args, QNetwork, make_env, make_optimizer, push_frames, train
 
 SHORT = {
     **{"total_timesteps": 600, "learning_starts": 200, "buffer_size": 1_000, "num_envs": 2, "vec_env": "dummy"},
@@ -133,3 +134,47 @@ def test_everything_but_the_replay_memory_takes_well_under_a_gigabyte(python, tm
     (row,) = csv.DictReader((tmp_path / "atari_memory.csv").open())
     assert int(row["frames"]) >= 30_000 * 84 * 84
     assert 100e6 < int(row["everything_else"]) < 700e6
+
+
+# --- Learning a real game ---
+
+
+def foresight(tmp_path, learning_rate):
+    """Train on Asterix with random actions; return how Q(s, a) correlates with what a random player then gets."""
+    args = Args(
+        **{"env_id": "AsterixNoFrameskip-v4", "run_dir": str(tmp_path), "num_envs": 8, "vec_env": "dummy"},
+        **{"total_timesteps": 3_200, "learning_starts": 800, "buffer_size": 4_000, "target_frequency": 200},
+        **{"epsilon_end": 1.0, "gamma": 0.9, "learning_rate": learning_rate},
+        **{"eval_every": 10_000, "final_eval_episodes": 1, "time_limit": 1_000},
+    )
+    assert train(args)["gradient_steps"] == 600
+    envs = [make_env(args) for _ in range(4)]
+    network = QNetwork(envs[0].observation_space, envs[0].action_space, args)
+    network.load_state_dict(torch.load(tmp_path / "last.pt", weights_only=True)["network"])
+    rng, steps, last = np.random.default_rng(0), 400, 360  # the last 40 steps: their returns are cut off
+    frames = np.stack([env.reset(seed=1_000 + i)[0] for i, env in enumerate(envs)])
+    stacks, ended = np.zeros((4, 4, 84, 84), np.uint8), np.ones(4, bool)
+    q_taken, rewards, ends = np.zeros((steps, 4)), np.zeros((steps, 4)), np.zeros((steps, 4), bool)
+    for t in range(steps):
+        push_frames(stacks, frames, ended)
+        actions = rng.integers(envs[0].action_space.n, size=4)
+        with torch.no_grad():
+            q_taken[t] = network(torch.from_numpy(stacks)).numpy()[np.arange(4), actions]
+        for i, env in enumerate(envs):
+            frames[i], rewards[t, i], *over, _ = env.step(actions[i])
+            ended[i] = ends[t, i] = any(over)
+            if ended[i]:
+                frames[i], _ = env.reset()
+    returns = np.zeros((steps + 1, 4))
+    for t in reversed(range(steps)):
+        returns[t] = rewards[t] + args.gamma * ~ends[t] * returns[t + 1]
+    assert rewards.sum() > 20
+    return np.corrcoef(q_taken[:last].ravel(), returns[:last].ravel())[0, 1]
+
+
+def test_q_values_foretell_a_game_that_was_not_trained_on(tmp_path):
+    assert foresight(tmp_path / "run", learning_rate=5e-4) > 0.45
+
+
+def test_a_frozen_network_foretells_nothing(tmp_path):
+    assert foresight(tmp_path / "run", learning_rate=1e-12) < 0.25

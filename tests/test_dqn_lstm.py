@@ -387,7 +387,7 @@ def test_without_memory_a_cue_is_lost(tmp_path):
 def learned_value(tmp_path):
     """Train on reward 1 per step, truncated every 5 steps, with gamma 0.9; return V of its only state, late."""
     flags = {"gamma": 0.9, "learning_rate": 0.01, "learning_rate_end": 0.001, "tau": 0.1, "target_frequency": 2}
-    flags |= {"total_timesteps": 2_000, "learning_starts": 50, "train_frequency": 2, "num_envs": 5}
+    flags |= {"total_timesteps": 2_000, "learning_starts": 50, "train_frequency": 2, "num_envs": 5, "average_steps": 1}
     args = options(tmp_path, env_id="toy_envs:Constant-v0", **flags)
     lstm.train(args)
     network = make_network(args)
@@ -431,6 +431,30 @@ def test_the_same_seed_gives_the_same_parameters_to_the_bit(tmp_path):
     assert not same(first, parameters_after(options(tmp_path / "c", **SHORT, seed=2)))
     assert same(first, parameters_after(options(tmp_path / "d", **SHORT, vec_env="subproc")))
     assert same(first, parameters_after(options(tmp_path / "e", **SHORT, eval_every=50, eval_episodes=3)))
+
+
+@pytest.mark.parametrize("average_steps", [1, 4, 100])
+def test_what_is_kept_is_the_average_of_the_online_network(average_steps, tmp_path, monkeypatch):
+    online, loss = [], lstm.td_loss
+    networks = []
+    monkeypatch.setattr(lstm, "unroll", lambda net, *rest, call=lstm.unroll: networks.append(net) or call(net, *rest))
+
+    def watched(*inputs):  # networks[-1] is the online one, with the weights of before this gradient step
+        online.append(torch.cat([p.detach().flatten() for p in networks[-1].parameters()]))
+        return loss(*inputs)
+
+    monkeypatch.setattr(lstm, "td_loss", watched)
+    args = options(tmp_path, **SHORT, average_steps=average_steps, learning_rate=0.01)
+    lstm.train(args)
+    last = torch.load(Path(args.run_dir, "last.pt"), weights_only=True)
+    online.append(torch.cat([p.flatten() for p in last["online_network"].values()]))
+    mean = online[1]
+    for k in range(2, len(online)):  # after k gradient steps
+        mean = mean + (online[k] - mean) / min(k, average_steps)
+    assert len(online) > 20 and not torch.equal(online[1], online[-1])
+    kept = torch.cat([p.flatten() for p in last["network"].values()])
+    torch.testing.assert_close(kept, mean, rtol=1e-4, atol=1e-6)
+    assert torch.equal(kept, online[-1]) == (average_steps == 1)
 
 
 def test_weight_decay_shrinks_the_weights(tmp_path):
