@@ -918,9 +918,8 @@ class Run:
         gif = path.with_suffix(".gif")
         with VideoFileClip(str(path)) as film:
             film.subclipped(0, min(20, film.duration)).resized(width=160).write_gif(gif, fps=15, logger=None)
-        image = Summary.Image(encoded_image_string=gif.read_bytes())
-        summary = Summary(value=[Summary.Value(tag="best network", image=image)])
-        self.tensorboard.file_writer.add_summary(summary, self.counts["global_step"])
+        image = Summary.Value(tag="best network", image=Summary.Image(encoded_image_string=gif.read_bytes()))
+        self.tensorboard.file_writer.add_summary(Summary(value=[image]), self.counts["global_step"])
 
 
 def draw_curves(run_dir: Path):
