@@ -20,6 +20,7 @@ import pytest
 import torch
 import toy_envs
 from conftest import ROOT, SCRIPTS, environment, load
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dqn_cartpole as dqn
 
@@ -786,6 +787,9 @@ def test_a_film_shows_the_best_network(tmp_path):
         first, last = clip.get_frame(0), clip.get_frame(clip.duration - 1 / clip.fps)
         assert clip.n_frames >= 5
     assert first.std() > 10 and (first != last).any()  # not blank, and something moves
+    (shown,) = EventAccumulator(str(run_dir)).Reload().Images("best network")
+    with moviepy.VideoFileClip(str(film.with_suffix(".gif"))) as clip:
+        assert shown.encoded_image_string == film.with_suffix(".gif").read_bytes() and clip.n_frames > 1
 
 
 def test_a_network_alone_cannot_be_resumed(trained, cli):
