@@ -70,6 +70,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -400,7 +401,7 @@ def train(args: Args) -> dict:
                     run.write_episode(global_step, info["episode"])
 
             # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
-            run.check(global_step, observation=last_obs, reward=rewards, loss=loss)
+            run.check(global_step, observation=[obs, last_obs], reward=rewards, loss=loss)
             if global_step // args.eval_every > (global_step - args.num_envs) // args.eval_every:
                 run.evaluate(global_step, eval_seed)
             run.tick(global_step=global_step, gradient_steps=gradient_steps, target_syncs=target_syncs)
@@ -477,6 +478,10 @@ def check_args(args):
     require(args, "video", not args.video or "rgb_array" in modes, "this environment cannot draw itself")
     require(args, "render", not args.render or "human" in modes, "this environment has no window")
     env.close()
+    if args.video:  # before the training, not after it: what the metadata promise is not always there
+        with contextlib.closing(make_env(args, render_mode="rgb_array")) as env:
+            env.reset(seed=args.seed)
+            require(args, "video", np.ndim(env.render()) == 3, "this environment draws no pictures (H, W, 3)")
 
 
 def select_device(name: str, auto: str) -> torch.device:
@@ -634,7 +639,7 @@ class Run:
             torch.set_rng_state(checkpoint["torch_rng"])
             self.counts, self.record, self.env_states = (checkpoint[n] for n in ("counts", "record", "env_states"))
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            refuse(f"{path} is not of this run: {str(error).splitlines()[0]}")
+            refuse(f"{path} is not of this run: {str(error).splitlines()[-1].strip()}")
         if (self.dir / "best.pt").exists():  # it may be of after the checkpoint
             self.record["best"] = max(self.record["best"], load_checkpoint(self.dir / "best.pt")["return_mean"])
 
@@ -673,17 +678,21 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
+        workers, died = getattr(self.envs, "processes", []), []
+        if kind in (EOFError, BrokenPipeError, ConnectionResetError):  # as where a worker is gone: give it time to be
+            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+            died = [worker.exitcode for worker in workers if worker.exitcode is not None]
         try:
             # Not after NaN, nor on a full disk; else in the middle of an iteration, a few gradient steps on.
             broken = kind is not None and issubclass(kind, Exception) and not issubclass(kind, FloatingPointError)
             if broken and self.counts["global_step"] > 0 and not is_disk_error(error):
                 self.save()
         finally:
-            if kind is None or not hasattr(self.envs, "processes"):
+            if kind is None or not workers:
                 self.envs.close()
             else:  # close() would wait for an answer from workers that may be gone
-                for process in self.envs.processes:
-                    process.terminate()
+                for worker in workers:
+                    worker.terminate()
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
             self.bar.close()
@@ -693,10 +702,13 @@ class Run:
         if kind is not None and self.counts["global_step"] > 0 and (self.dir / "last.pt").exists():
             command = shlex.join(["python", sys.argv[0], "--resume", str(self.dir)])
             print(f"stopped; to go on: {command}", file=sys.stderr)
-        if kind in (EOFError, BrokenPipeError, ConnectionResetError) and hasattr(self.envs, "processes"):
+        if kind is not None and self.counts["global_step"] == 0 and not self.args.resume:
+            shutil.rmtree(self.dir, ignore_errors=True)  # nothing happened yet
+        if died:
             if self.signal:  # it went to the workers as well, and they were faster
                 raise SystemExit(128 + self.signal)
-            print(f"{SCRIPT}: a worker process of the environments died; its own error stands above", file=sys.stderr)
+            reason = f"exit code {died[0]}; its own error, where it had one, stands above"  # -9: out of memory?
+            print(f"{SCRIPT}: a worker process of the environments died ({reason})", file=sys.stderr)
             raise SystemExit(1)
 
     def on_signal(self, number, frame):
@@ -706,7 +718,10 @@ class Run:
         self.say("stopping after this step; once more stops at once")
 
     def say(self, line: str):
-        tqdm.write(line)  # above the progress bar, where there is one
+        try:
+            tqdm.write(line)  # above the progress bar, where there is one
+        except BrokenPipeError:  # nobody reads any longer, as behind `| head`: the run goes on without a console
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def seconds(self) -> float:
         """Training time: without evaluations and checkpoints, with the time before a resume."""
@@ -796,6 +811,7 @@ class Run:
             self.say("the environments' states cannot be saved: they begin new episodes")
         for i, state in enumerate(self.env_states or []):
             obs[i] = self.envs.env_method("set_state", state, indices=i)[0]
+        self.check(self.counts["global_step"], observation=obs)
         return obs
 
     def wall_seconds(self) -> float:
@@ -893,20 +909,21 @@ def play(args, network_class):
 def parse_args() -> "Args":
     """Parse the command line; with --resume and --play, the saved arguments take the place of the defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", default="")
-    parser.add_argument("--play", default="")
-    given = vars(parser.parse_known_args()[0])
-    if not given["resume"] and not given["play"]:
+    parser.add_argument("--resume")
+    parser.add_argument("--play")
+    given = {name: value for name, value in vars(parser.parse_known_args()[0]).items() if value is not None}
+    if not given:
         return tyro.cli(Args)
+    name = given.get("resume") or given.get("play") or refuse("--resume needs a run directory, --play a checkpoint")
     try:
-        if given["resume"]:
-            saved = json.loads(Path(given["resume"], "args.json").read_text())
+        if "resume" in given:
+            saved = json.loads(Path(name, "args.json").read_text())
         else:
-            saved = load_checkpoint(Path(given["play"]))["args"]
+            saved = load_checkpoint(Path(name))["args"]
         fresh = {"run_dir": "", "device": "auto", "render": False, "video": False, "track": "none"}
-        default = Args(**{**saved, **fresh, **given})
+        default = Args(**{**saved, **fresh, "resume": "", "play": "", **given})
     except (OSError, TypeError, ValueError) as error:
-        refuse(f"cannot go on from {given['resume'] or given['play']}: {error}")
+        refuse(f"cannot go on from {name}: {error}")
     args = tyro.cli(Args, default=default)
     may_change = RESUME_MAY_CHANGE if args.resume else PLAY_MAY_CHANGE
     for name, value in asdict(default).items():
@@ -928,7 +945,7 @@ def main(network_class):
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
         refuse(f"not enough memory for these sizes: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:  # outside the training loop, or the second one

@@ -40,11 +40,14 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %     (median of ten seeds
     loss                 20         28         12           (of targets with three rewards, which differ more)
     mean Q(s, a)         54         96         96           (the true limit is 1 / (1 - gamma) = 100)
 
-What is not solved: the curve is not steady. The worst evaluation of the last fifth of a run is between 318 and 479.
+Four networks: the online one acts and is trained; the target network values what comes next; what is evaluated is the
+average of the online one's weights over the last thousand gradient steps or so; and best.pt is the average that was
+evaluated best. The average is there because the online network does not settle: a good policy is a small difference
+between large Q-values, and every gradient step moves both. (--average-steps 1 evaluates the online network itself.)
 
-What was seen to matter in rough trials, so take it as leads: layer normalisation in the head, and targets of three
-rewards; without them the curve rises and falls. Small units for the positions, and forget gates that start open, or the
-LSTM learns the velocities slowly. Clipping the gradient.
+What was seen to matter in rough trials, so take it as leads: that average, and a learning rate that is not too high;
+layer normalisation in the head, and targets of three rewards; without them the curve rises and falls. Small units for
+the positions, and forget gates that start open, or the LSTM learns the velocities slowly. Clipping the gradient.
 
 What is fed to which network. An episode of 5 steps is in the memory: observations o0 to o5, actions a0 to a4, and the
 pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient step may read this sequence:
@@ -71,15 +74,17 @@ pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient st
 
 Differences from the papers: a vector instead of pixels, sequences of a dozen steps instead of 80, one learner with
 environments side by side instead of 256 actors, three rewards per target instead of R2D2's five, a target network that
-moves a little at every gradient step, layer normalisation, a learning rate that falls, a bootstrap where time ran out.
+moves a little at every gradient step, layer normalisation, a learning rate that falls, an average of the weights that
+is evaluated and kept (Polyak and Juditsky, SIAM J. Control Optim. 30, 1992), a bootstrap where time ran out.
 The network is told the last action, as in R2D2, and not the last reward. No prioritised replay, double or dueling
 networks, or rescaled values. Nearer to Hausknecht and Stone: --initial-state zero --burn-in 0 --n-step 1.
 
 Differences from dqn_cartpole.py, by section. Environment: the hidden velocities, the last action in the observation, an
 optional shaped reward. Network: the LSTM, and layer normalisation in the head. Replay memory: sequences, and the state
 before each observation. Equations: unroll; the loss of several sequences, with targets of --n-step rewards. Training
-and evaluation: a state per environment, zero where an episode begins; the norm of the gradient is clipped. By default
-also more transitions, half as many gradient steps per transition, each on eight times as many steps, and other rates.
+and evaluation: a state per environment, zero where an episode begins; the norm of the gradient is clipped; an average
+of the weights is evaluated and kept. By default also more transitions, half as many gradient steps per transition, each
+on eight times as many steps, and other rates.
 
 The same seed gives the same parameters to the bit, on a CPU with the same versions; so does a run that was interrupted
 and resumed, wherever the environment's state is plain data, as CartPole's is.
@@ -97,6 +102,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -566,8 +572,7 @@ def train(args: Args) -> dict:
                     nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 gradient_steps += 1
-                # What is evaluated and kept is the mean of the weights so far, then a running one (Polyak and Juditsky
-                # 1992). The online network swings around a good policy; the average stays near it.
+                # What is evaluated and kept: the mean of the weights so far, later a running mean of average_steps.
                 update_target(average_parameters, parameters, 1 / min(gradient_steps, args.average_steps))
 
                 # Sync the target every target_frequency transitions; a gradient step stands for train_frequency.
@@ -598,7 +603,7 @@ def train(args: Args) -> dict:
                     run.write_episode(global_step, info["episode"])
 
             # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
-            run.check(global_step, observation=last_obs, reward=rewards, loss=loss)
+            run.check(global_step, observation=[obs, last_obs], reward=rewards, loss=loss)
             if global_step // args.eval_every > (global_step - args.num_envs) // args.eval_every:
                 run.evaluate(global_step, eval_seed)
             run.tick(global_step=global_step, gradient_steps=gradient_steps, target_syncs=target_syncs)
@@ -677,6 +682,10 @@ def check_args(args):
     require(args, "video", not args.video or "rgb_array" in modes, "this environment cannot draw itself")
     require(args, "render", not args.render or "human" in modes, "this environment has no window")
     env.close()
+    if args.video:  # before the training, not after it: what the metadata promise is not always there
+        with contextlib.closing(make_env(args, render_mode="rgb_array")) as env:
+            env.reset(seed=args.seed)
+            require(args, "video", np.ndim(env.render()) == 3, "this environment draws no pictures (H, W, 3)")
 
 
 def select_device(name: str, auto: str) -> torch.device:
@@ -834,7 +843,7 @@ class Run:
             torch.set_rng_state(checkpoint["torch_rng"])
             self.counts, self.record, self.env_states = (checkpoint[n] for n in ("counts", "record", "env_states"))
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            refuse(f"{path} is not of this run: {str(error).splitlines()[0]}")
+            refuse(f"{path} is not of this run: {str(error).splitlines()[-1].strip()}")
         if (self.dir / "best.pt").exists():  # it may be of after the checkpoint
             self.record["best"] = max(self.record["best"], load_checkpoint(self.dir / "best.pt")["return_mean"])
 
@@ -873,17 +882,21 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback):
+        workers, died = getattr(self.envs, "processes", []), []
+        if kind in (EOFError, BrokenPipeError, ConnectionResetError):  # as where a worker is gone: give it time to be
+            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+            died = [worker.exitcode for worker in workers if worker.exitcode is not None]
         try:
             # Not after NaN, nor on a full disk; else in the middle of an iteration, a few gradient steps on.
             broken = kind is not None and issubclass(kind, Exception) and not issubclass(kind, FloatingPointError)
             if broken and self.counts["global_step"] > 0 and not is_disk_error(error):
                 self.save()
         finally:
-            if kind is None or not hasattr(self.envs, "processes"):
+            if kind is None or not workers:
                 self.envs.close()
             else:  # close() would wait for an answer from workers that may be gone
-                for process in self.envs.processes:
-                    process.terminate()
+                for worker in workers:
+                    worker.terminate()
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
             self.bar.close()
@@ -893,10 +906,13 @@ class Run:
         if kind is not None and self.counts["global_step"] > 0 and (self.dir / "last.pt").exists():
             command = shlex.join(["python", sys.argv[0], "--resume", str(self.dir)])
             print(f"stopped; to go on: {command}", file=sys.stderr)
-        if kind in (EOFError, BrokenPipeError, ConnectionResetError) and hasattr(self.envs, "processes"):
+        if kind is not None and self.counts["global_step"] == 0 and not self.args.resume:
+            shutil.rmtree(self.dir, ignore_errors=True)  # nothing happened yet
+        if died:
             if self.signal:  # it went to the workers as well, and they were faster
                 raise SystemExit(128 + self.signal)
-            print(f"{SCRIPT}: a worker process of the environments died; its own error stands above", file=sys.stderr)
+            reason = f"exit code {died[0]}; its own error, where it had one, stands above"  # -9: out of memory?
+            print(f"{SCRIPT}: a worker process of the environments died ({reason})", file=sys.stderr)
             raise SystemExit(1)
 
     def on_signal(self, number, frame):
@@ -906,7 +922,10 @@ class Run:
         self.say("stopping after this step; once more stops at once")
 
     def say(self, line: str):
-        tqdm.write(line)  # above the progress bar, where there is one
+        try:
+            tqdm.write(line)  # above the progress bar, where there is one
+        except BrokenPipeError:  # nobody reads any longer, as behind `| head`: the run goes on without a console
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def seconds(self) -> float:
         """Training time: without evaluations and checkpoints, with the time before a resume."""
@@ -996,6 +1015,7 @@ class Run:
             self.say("the environments' states cannot be saved: they begin new episodes")
         for i, state in enumerate(self.env_states or []):
             obs[i] = self.envs.env_method("set_state", state, indices=i)[0]
+        self.check(self.counts["global_step"], observation=obs)
         return obs
 
     def wall_seconds(self) -> float:
@@ -1093,20 +1113,21 @@ def play(args, network_class):
 def parse_args() -> "Args":
     """Parse the command line; with --resume and --play, the saved arguments take the place of the defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", default="")
-    parser.add_argument("--play", default="")
-    given = vars(parser.parse_known_args()[0])
-    if not given["resume"] and not given["play"]:
+    parser.add_argument("--resume")
+    parser.add_argument("--play")
+    given = {name: value for name, value in vars(parser.parse_known_args()[0]).items() if value is not None}
+    if not given:
         return tyro.cli(Args)
+    name = given.get("resume") or given.get("play") or refuse("--resume needs a run directory, --play a checkpoint")
     try:
-        if given["resume"]:
-            saved = json.loads(Path(given["resume"], "args.json").read_text())
+        if "resume" in given:
+            saved = json.loads(Path(name, "args.json").read_text())
         else:
-            saved = load_checkpoint(Path(given["play"]))["args"]
+            saved = load_checkpoint(Path(name))["args"]
         fresh = {"run_dir": "", "device": "auto", "render": False, "video": False, "track": "none"}
-        default = Args(**{**saved, **fresh, **given})
+        default = Args(**{**saved, **fresh, "resume": "", "play": "", **given})
     except (OSError, TypeError, ValueError) as error:
-        refuse(f"cannot go on from {given['resume'] or given['play']}: {error}")
+        refuse(f"cannot go on from {name}: {error}")
     args = tyro.cli(Args, default=default)
     may_change = RESUME_MAY_CHANGE if args.resume else PLAY_MAY_CHANGE
     for name, value in asdict(default).items():
@@ -1128,7 +1149,7 @@ def main(network_class):
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
         refuse(f"not enough memory for these sizes: {str(error).splitlines()[0]}")
     except KeyboardInterrupt:  # outside the training loop, or the second one

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -323,6 +324,39 @@ def test_nan_in_an_observation_stops_the_run_at_its_step(tmp_path, cli):
     assert all(torch.isfinite(value).all() for value in kept["network"].values())
 
 
+@pytest.mark.parametrize("env_id", ["NanFirst-v0", "NanLater-v0"])
+@pytest.mark.parametrize("name", VECTOR_SCRIPTS)
+def test_nan_where_an_episode_begins_is_never_saved(name, env_id, tmp_path, cli):
+    hide = {"hide": "none"} if name == "dqn_lstm_cartpole" else {}
+    flags = options(name, env_id=f"toy_envs:{env_id}", run_dir=tmp_path / "run", checkpoint_every=8, **hide)
+    status, out, err = cli(*words(flags), script=f"{name}.py")
+    assert status == 1 and "Traceback" not in out + err
+    assert re.search(rf"{name}: .* is not finite at step", err)
+    assert (tmp_path / "run").exists() == (env_id == "NanLater-v0")
+    if env_id == "NanLater-v0" and name != "ppo_cartpole":  # which keeps no observations
+        columns = checkpoint_of(tmp_path / "run")["memory"]["columns"]
+        columns = list(columns.values() if isinstance(columns, dict) else columns)
+        assert len(columns[0]) > 8 and all(torch.isfinite(column).all() for column in columns)
+
+
+# --- Errors of others ---
+
+
+def test_an_error_at_the_first_step_leaves_no_run_directory(tmp_path, cli):
+    with pytest.raises(ZeroDivisionError, match="the toy was not ready"):
+        cli(*words(options("dqn_cartpole", env_id="toy_envs:Unready-v0", run_dir=tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_where_nobody_reads_its_output(tmp_path):
+    command = [sys.executable, "dqn_cartpole.py", *words(options("dqn_cartpole", run_dir=tmp_path / "run"))]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 0 and "Error" not in err, err
+    assert (tmp_path / "run" / "result.json").exists()
+
+
 @each_script
 def test_a_loss_that_explodes_stops_the_run_at_its_step(name, tmp_path, cli, monkeypatch):
     status, out, err = cli(*words(options(name, learning_rate=1e38, run_dir=tmp_path / "run")), script=f"{name}.py")
@@ -363,6 +397,8 @@ ANY = [
     ("unknown flag", ["--learning-rat", "0.1"], "--learning-rate"),
     ("word without a flag", ["something"], "something"),
     ("no such run", ["--resume", "nowhere"], "nowhere"),
+    ("no run", ["--resume", ""], "--resume needs a run directory"),
+    ("no checkpoint", ["--play", ""], "--play a checkpoint"),
     ("no such checkpoint", ["--play", "nowhere.pt"], "nowhere.pt"),
 ]  # fmt: skip
 ANY_VECTOR = [
@@ -388,6 +424,9 @@ ANY_DQN = [
     ("memory above memory", ["--buffer-size", "100000000000000"], "100000000000000"),
 ]  # fmt: skip
 ONLY = {
+    "dqn_cartpole": [
+        ("environment that draws nothing", ["--env-id", "toy_envs:Blank-v0", "--video"], "draws no pictures"),
+    ],
     "dqn_atari": [
         ("not an Atari game", ["--env-id", "CartPole-v1"], "--env-id CartPole-v1"),
         ("no such precision", ["--precision", "float16"], "--precision"),

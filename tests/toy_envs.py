@@ -136,6 +136,37 @@ class NotANumber(Constant):
         return obs * (np.nan if self.steps >= 400 else 1), *rest
 
 
+class NanReset(Constant):
+    """Observes NaN at the start of an episode: of its first one, or of a later one."""
+
+    def __init__(self, which, render_mode=None):
+        super().__init__(render_mode)
+        self.which, self.resets = which, 0
+
+    def reset(self, *, seed=None, options=None):
+        self.resets += 1
+        obs, info = super().reset(seed=seed)
+        return obs * (np.nan if self.resets == self.which else 1), info
+
+
+class Unready(Constant):
+    """Raises an error at its first step."""
+
+    def step(self, action):
+        raise ZeroDivisionError("the toy was not ready")
+
+
+class Blank(Constant):
+    """Says that it can draw itself, and draws nothing."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def render(self):
+        return None
+
+
 class Engine(Constant):
     """Holds something that is more than data, as a physics engine would be."""
 
@@ -162,3 +193,7 @@ gym.register("Raising-v0", entry_point=Raising, disable_env_checker=True, max_ep
 gym.register("NotANumber-v0", entry_point=NotANumber, disable_env_checker=True, max_episode_steps=5)
 gym.register("Engine-v0", entry_point=Engine, disable_env_checker=True, max_episode_steps=5)
 gym.register("Image-v0", entry_point=Image, disable_env_checker=True, max_episode_steps=5)
+gym.register("Unready-v0", entry_point=Unready, disable_env_checker=True, max_episode_steps=5)
+gym.register("Blank-v0", entry_point=Blank, disable_env_checker=True, max_episode_steps=5)
+for name, which in {"NanFirst-v0": 1, "NanLater-v0": 30}.items():
+    gym.register(name, entry_point=NanReset, disable_env_checker=True, max_episode_steps=5, kwargs={"which": which})
