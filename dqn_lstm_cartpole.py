@@ -30,15 +30,17 @@ and Stone, "Deep Recurrent Q-Learning for Partially Observable MDPs", AAAI Fall 
 
 Watch it with `tensorboard --logdir runs`.
 
-Measured with the defaults, seeds 1 to 10, greedy return of the final network over 100 episodes: 475 or more on eight of
-ten (484.6 to 500.0), 452 and 468 on the others; about 110 s of training with two runs at a time on two cores. The
-control without a memory, seeds 1 to 5: 77 to 79.
+Measured with the defaults, seeds 1 to 10, greedy return of the final network over 100 episodes: 500.0 on eight of ten,
+489.2 and 492.5 on the others; TIME. The control
+without a memory, seeds 1 to 5: 75 to 80.
 
 Is my run healthy?       at 10 %    at 50 %    at 100 %     (median of ten seeds; lowest and highest)
-    greedy return        169        475        494          (81 to 290; 364 to 500; 450 to 500)
-    training return      145        295        383          (20 % of the actions are random: judge by the greedy one)
-    loss                 20         28         12           (of targets with three rewards, which differ more)
-    mean Q(s, a)         54         96         96           (the true limit is 1 / (1 - gamma) = 100)
+    greedy return        268        472        500          (134 to 456; 374 to 500; 496 to 500)
+    training return      146        337        416          (20 % of the actions are random: judge by the greedy one)
+    loss                 14         18         15           (of targets with three rewards, which differ more)
+    mean Q(s, a)         39         93         98           (the true limit is 1 / (1 - gamma) = 100)
+
+What is not solved: --hide none, where the curve may still fall late; of six seeds three end at 500.0, one at 304.
 
 Four networks: the online one acts and is trained; the target network values what comes next; what is evaluated is the
 average of the online one's weights over the last thousand gradient steps or so; and best.pt is the average that was
