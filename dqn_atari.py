@@ -157,7 +157,7 @@ class Args:
     loss: Literal["mse", "huber"] = "huber"  # loss of the TD error: its square, or linear beyond 1
     max_grad_norm: float = 0.0  # largest global norm of the gradient; 0: not clipped
     max_grad_value: float = 0.0  # largest absolute entry of the gradient; 0: not clipped
-    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is faster where the processor has it
+    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is faster on some processors: measure it
 
     # evaluation
     eval_every: int = 250_000  # transitions between evaluations
