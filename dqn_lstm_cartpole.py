@@ -31,8 +31,8 @@ and Stone, "Deep Recurrent Q-Learning for Partially Observable MDPs", AAAI Fall 
 Watch it with `tensorboard --logdir runs`.
 
 Measured with the defaults, seeds 1 to 10, greedy return of the final network over 100 episodes: 500.0 on eight of ten,
-489.2 and 492.5 on the others; TIME. The control
-without a memory, seeds 1 to 5: 75 to 80.
+489.2 and 492.5 on the others; no evaluation of the last fifth under 472. About 155 s of training with two runs at a
+time on two slow cores. The control without a memory, seeds 1 to 5: 75 to 80.
 
 Is my run healthy?       at 10 %    at 50 %    at 100 %     (median of ten seeds; lowest and highest)
     greedy return        268        472        500          (134 to 456; 374 to 500; 496 to 500)
@@ -64,9 +64,9 @@ pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient st
 1. Both networks read the sequence in order, each with its own weights. An observation is what the agent saw and the
    action that led there, so o1 holds a0.
 2. The state before o1 was stored when the agent was there; with --initial-state zero it is zeros. Neither is what the
-   present weights would remember: the burn-in brings it closer. It carries no loss, and no gradient goes into it. From
-   zeros without a burn-in nothing is learned (a return of 61 after 100,000 transitions, two seeds); with either of both
-   436 to 499, which two seeds cannot tell apart.
+   present weights would remember: the burn-in brings it closer. It carries no loss, and no gradient goes into it. The
+   returns of two seeds after 100,000 transitions: 377 and 417 with both; 432 and 151 without the burn-in; 172 and 107
+   from zeros; 11 and 16 from zeros without the burn-in.
 3. A step with loss compares Q(o3, a3) with the target network's value one position later (n positions, with --n-step n,
    and the rewards in between) in the same reading, so that its history is the same. Were o4 fed to the target network
    alone, it would remember nothing of o3.

@@ -273,13 +273,22 @@ def measure(args: Args):
     (OUT / "command.json").write_text(json.dumps(command, indent=2) + "\n")
     path = OUT / "speed.csv"
     rows = [row for row in read(path) if row["task"] not in args.tasks] if path.exists() else []
+
+    def keep(row: dict):
+        """Add a run at once: an interrupted measurement keeps what it has."""
+        rows.append(row)
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, ("task", "round", "who", "transitions_per_second"))
+            writer.writeheader()
+            writer.writerows(rows)
+
     for name in args.tasks:
         task = TASKS[name]
         for number in range(args.rounds):
             for who, start in contestants(args, task):
                 result = start()
                 rate = result["steps"] / result["seconds"]
-                rows.append({"task": name, "round": number, "who": who, "transitions_per_second": f"{rate:.1f}"})
+                keep({"task": name, "round": number, "who": who, "transitions_per_second": f"{rate:.1f}"})
                 print(f"{name:14s} round {number}  {who:16s} {rate:10,.0f}/s", flush=True)
         for column, command in task.ours.items():
             script, *flags = command.split()
@@ -289,14 +298,10 @@ def measure(args: Args):
                 rate = result["steps"] / result["seconds"]
                 names = {"envs": "environments alone", "updates": "all but the environments", "inside": "timed inside"}
                 row = {"task": name, "round": 0, "who": f"{names[mode]}, {column}"}
-                rows.append({**row, "transitions_per_second": f"{rate:.1f}"})
+                keep({**row, "transitions_per_second": f"{rate:.1f}"})
                 print(f"{name:14s}          {names[mode]}, {column}: {rate:,.0f}/s", flush=True)
                 for label, seconds in sorted(result["inside"].items(), key=lambda item: -item[1]):
                     print(f"                             {label}: {100 * seconds / result['seconds']:.0f} %")
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, ("task", "round", "who", "transitions_per_second"))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def read(path: Path) -> list[dict]:
@@ -316,7 +321,7 @@ def table() -> str:
             for column in task.ours:
                 ours, theirs = rates.get((name, f"ours, {column}")), rates.get((name, peer))
                 if ours and theirs:
-                    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+                    ratios = [a / b for a, b in zip(ours, theirs, strict=False)]  # of the rounds that both have
                     lines.append(
                         f"| {task.what} | {peer} | {statistics.median(theirs):,.0f} "
                         f"| {statistics.median(ours):,.0f} ({column}) "
