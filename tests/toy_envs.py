@@ -1,6 +1,7 @@
 """Environments small enough to know everything about; ids such as toy_envs:Mixed-v0."""
 
 import os
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -159,9 +160,7 @@ class Unready(Constant):
 class Blank(Constant):
     """Says that it can draw itself, and draws nothing."""
 
-    def __init__(self, render_mode=None):
-        super().__init__(render_mode)
-        self.metadata = {"render_modes": ["rgb_array"], "render_fps": 30}
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 30}
 
     def render(self):
         return None
