@@ -214,8 +214,10 @@ def time_sb3(first: int, last: int, algorithm: str, env_id: str, n_envs=1, vec_e
 
     vec_env_class = SubprocVecEnv if vec_env == "subproc" else DummyVecEnv
     if "NoFrameskip" in env_id:
-        importlib.import_module("ale_py")
-        policy, envs = "CnnPolicy", VecFrameStack(make_atari_env(env_id, n_envs, 0, vec_env_cls=vec_env_class), 4)
+        policy, envs = (
+            "CnnPolicy",
+            VecFrameStack(make_atari_env(f"ale_py:{env_id}", n_envs, 0, vec_env_cls=vec_env_class), 4),
+        )
     else:
         policy, envs = "MlpPolicy", make_vec_env(env_id, n_envs, 0, vec_env_cls=vec_env_class)
     getattr(sb3, algorithm)(policy, envs, seed=0, device="cpu", **hyperparameters).learn(last + 100_000, Counting())

@@ -12,6 +12,7 @@ from conftest import ROOT, environment
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bugs
 
+pytestmark = pytest.mark.xdist_group("bugs")  # one process: `report` is made once
 each_bug = pytest.mark.parametrize("bug", bugs.BUGS, ids=lambda bug: bug.name)
 
 
