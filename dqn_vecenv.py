@@ -749,9 +749,11 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         workers, died = getattr(self.envs, "processes", []), []
-        if kind in (EOFError, BrokenPipeError, ConnectionResetError):  # as where a worker is gone: give it time to be
-            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
-            died = [worker.exitcode for worker in workers if worker.exitcode is not None]
+        if kind in (EOFError, BrokenPipeError, ConnectionResetError):  # as where a worker is gone, or about to be
+            gone = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=2)
+            died = [worker for worker in workers if worker.sentinel in gone]
+            for worker in died:
+                worker.join(timeout=10)  # its pipes close a moment before it has an exit code
         try:
             # Not after NaN, nor on a full disk; else in the middle of an iteration, a few gradient steps on.
             broken = kind is not None and issubclass(kind, Exception) and not issubclass(kind, FloatingPointError)
@@ -777,7 +779,7 @@ class Run:
         if died:
             if self.signal:  # it went to the workers as well, and they were faster
                 raise SystemExit(128 + self.signal)
-            reason = f"exit code {died[0]}; its own error, where it had one, stands above"  # -9: out of memory?
+            reason = f"exit code {died[0].exitcode}; its own error, where it had one, is above"  # -9: out of memory?
             print(f"{SCRIPT}: a worker process of the environments died ({reason})", file=sys.stderr)
             raise SystemExit(1)
 

@@ -49,7 +49,7 @@ def test_beside_each_result_stands_the_one_without_the_mistake():
 def report():
     """What `python benchmarks/bugs.py --tests` prints: a process of its own, since it swaps the modules of scripts."""
     command = [sys.executable, ROOT / "benchmarks" / "bugs.py", "--tests"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment())
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment())
 
 
 def test_the_named_tests_pass_without_a_mistake(report):
