@@ -106,7 +106,7 @@ def test_gradient_steps_do_not_depend_on_the_number_of_games(num_envs, train_fre
 def test_the_same_seed_gives_the_same_parameters(vec_env, tmp_path):
     networks = []
     for name, seed in (("first", 1), ("again", 1), ("other", 2)):
-        run(tmp_path, name, vec_env=vec_env, seed=seed, batch_size=32)
+        run(tmp_path, name, vec_env=vec_env, seed=seed, batch_size=32, total_timesteps=320)
         networks.append(torch.load(tmp_path / name / "last.pt", weights_only=True)["network"])
     first, again, other = networks
     assert all(torch.equal(first[name], again[name]) for name in first)

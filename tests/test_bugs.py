@@ -12,7 +12,6 @@ from conftest import ROOT, environment
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bugs
 
-pytestmark = pytest.mark.xdist_group("bugs")  # one process: `report` is made once
 each_bug = pytest.mark.parametrize("bug", bugs.BUGS, ids=lambda bug: bug.name)
 
 
@@ -45,21 +44,14 @@ def test_beside_each_result_stands_the_one_without_the_mistake():
         assert bugs.results(bug, broken=True).keys() <= bugs.results(bug, broken=False).keys()
 
 
-@pytest.fixture(scope="module")
-def report():
-    """What `python benchmarks/bugs.py --tests` prints: a process of its own, since it swaps the modules of scripts."""
+def test_every_mistake_is_caught_by_its_test():
+    """A process of its own, since it swaps the modules of scripts."""
     command = [sys.executable, ROOT / "benchmarks" / "bugs.py", "--tests"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment())
-
-
-def test_the_named_tests_pass_without_a_mistake(report):
-    assert "without a mistake: passed" in report.stdout, report.stdout + report.stderr
-
-
-@each_bug
-def test_a_mistake_is_caught(bug, report):
-    said = re.search(rf"(?m)^{re.escape(bug.name)} .*\n +(.*)$", report.stdout)
-    assert said and said[1].startswith("caught: "), report.stdout + report.stderr
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment())
+    assert "without a mistake: passed" in done.stdout, done.stdout + done.stderr
+    caught = set(re.findall(r"(?m)^(\S+) .*\n +caught: ", done.stdout))
+    assert caught == {bug.name for bug in bugs.BUGS}, done.stdout + done.stderr
+    assert done.returncode == 0
 
 
 NO_MISTAKES = """
