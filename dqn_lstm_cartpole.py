@@ -214,18 +214,18 @@ class ShapedReward(gym.Wrapper):
         return obs, float(1.0 - abs(obs[0]) - abs(obs[2]) / 0.209), *rest
 
 
-class Positions(gym.ObservationWrapper):
-    """CartPole without velocities: x / 0.1 and angle / 0.02, units in which the moves of one step are not all tiny.
+class CartPoleUnits(gym.ObservationWrapper):
+    """CartPole in units of what a few steps change, so that no move is tiny; with hide "velocity", positions only."""
 
-    With --hide none all four numbers keep CartPole's own units.
-    """
+    units = np.float32([0.1, 0.5, 0.02, 0.5])  # of x, its velocity, the angle, its velocity
 
-    def __init__(self, env: gym.Env):
+    def __init__(self, env: gym.Env, hide: str):
         super().__init__(env)
-        self.observation_space = gym.spaces.Box(-50.0, 50.0, (2,), np.float32)
+        self.shown = [0, 2] if hide == "velocity" else [0, 1, 2, 3]
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (len(self.shown),), np.float32)
 
     def observation(self, obs: np.ndarray) -> np.ndarray:
-        return obs[[0, 2]] / np.float32([0.1, 0.02])
+        return (obs / self.units)[self.shown]
 
 
 class LastAction(gym.Wrapper):
@@ -274,8 +274,8 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
     env = gym.wrappers.RecordEpisodeStatistics(env, buffer_length=1)  # inside ShapedReward: of the true reward
     if args.shaped_reward and not evaluation:
         env = ShapedReward(env)
-    if args.hide == "velocity":
-        env = Positions(env)
+    if isinstance(env.unwrapped, CartPoleEnv):
+        env = CartPoleUnits(env, args.hide)
     env = Resumable(LastAction(env))
     if render_mode == "human":
         env = Window(env)

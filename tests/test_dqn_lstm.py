@@ -59,11 +59,12 @@ def rows_of(memory):
 def test_velocities_are_hidden_and_the_last_action_is_shown():
     hidden, plain = (lstm.make_env(lstm.Args(hide=hide)) for hide in ("velocity", "none"))
     (seen, _), (full, _) = hidden.reset(seed=3), plain.reset(seed=3)
-    assert seen.tolist() == pytest.approx([full[0] / 0.1, full[2] / 0.02, 0, 0])
-    assert full.tolist()[4:] == [0, 0]
+    state = plain.unwrapped.state / np.array([0.1, 0.5, 0.02, 0.5])
+    assert full.tolist() == pytest.approx([*state, 0, 0], rel=1e-5)
+    assert seen.tolist() == [full[0], full[2], 0, 0]
     for action in (1, 0, 1):
         seen, full = hidden.step(action)[0], plain.step(action)[0]
-        assert seen.tolist() == pytest.approx([full[0] / 0.1, full[2] / 0.02, 1 - action, action])
+        assert seen.tolist() == [full[0], full[2], 1 - action, action]
         assert full.tolist()[4:] == [1 - action, action]
         assert seen.dtype == full.dtype == np.float32
         assert hidden.observation_space.contains(seen) and plain.observation_space.contains(full)
