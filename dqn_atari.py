@@ -879,9 +879,10 @@ class Run:
         checkpoint = load_checkpoint(path)
         if "counts" not in checkpoint:
             refuse(f"{path} holds a network only and cannot be resumed")
-        if self.args.total_timesteps < checkpoint["counts"]["global_step"]:
-            refuse(f"--total-timesteps {self.args.total_timesteps} is less than the run has behind it")
         try:
+            counts, planned = checkpoint["counts"], checkpoint["args"]["total_timesteps"]  # the last iteration may end
+            if self.args.total_timesteps < min(counts["global_step"], planned):  # beyond what was planned
+                refuse(f"--total-timesteps {self.args.total_timesteps} is less than the run has behind it")
             for name, value in self.state.items():
                 value.load_state_dict(checkpoint.pop(name))
             torch.set_rng_state(checkpoint["torch_rng"])

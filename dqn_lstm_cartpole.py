@@ -23,7 +23,7 @@ and Stone, "Deep Recurrent Q-Learning for Partially Observable MDPs", AAAI Fall 
 
     python dqn_lstm_cartpole.py
     python dqn_lstm_cartpole.py --memory none                    # the control: the same without a memory
-    python dqn_lstm_cartpole.py --hide none                      # CartPole-v1 with its velocities
+    python dqn_lstm_cartpole.py --hide none                      # CartPole-v1 with its velocities, rescaled
     python dqn_lstm_cartpole.py --env-id Acrobot-v1 --hide none  # another environment
     python dqn_lstm_cartpole.py --resume runs/NAME --total-timesteps 400000
     python dqn_lstm_cartpole.py --play runs/NAME/best.pt --render
@@ -31,8 +31,8 @@ and Stone, "Deep Recurrent Q-Learning for Partially Observable MDPs", AAAI Fall 
 Watch it with `tensorboard --logdir runs`.
 
 Measured with the defaults, seeds 1 to 10, greedy return of the final network over 100 episodes: 500.0 on eight of ten,
-489.2 and 492.5 on the others; no evaluation of the last fifth under 472. About 155 s of training with two runs at a
-time on two slow cores. The control without a memory, seeds 1 to 5: 75 to 80.
+489.2 and 492.5 on the others; no evaluation of the last fifth under 472. 153 to 217 s of training, two runs or more at
+a time on two slow cores. The control without a memory, seeds 1 to 5: 75 to 80.
 
 Is my run healthy?       at 10 %    at 50 %    at 100 %     (median of ten seeds; lowest and highest)
     greedy return        268        472        500          (134 to 456; 374 to 500; 496 to 500)
@@ -46,7 +46,8 @@ Four networks: the online one acts and is trained; the target network values wha
 average of the online one's weights over the last thousand gradient steps or so; and best.pt is the average that was
 evaluated best. The average is there because a good policy is a small difference between large Q-values, and every
 gradient step moves both. It helps along the way; at the end, where the learning rate is 0, the online network was as
-good (410 and 388 after 100,000 transitions, against 377 and 417). --average-steps 1 evaluates the online network.
+good (410 and 388 in runs of 100,000 transitions in all, against 377 and 417). --average-steps 1 evaluates the online
+network.
 
 What was seen to matter in rough trials, so take it as leads: that average, and a learning rate that is not too high;
 layer normalisation in the head, and targets of three rewards; without them the curve rises and falls. Small units for
@@ -57,7 +58,7 @@ pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient st
 
     position              0        1        2                      3        4        5
     observation           o1       o2       o3                     o4       o5       -
-    what it is for        burn-in  burn-in  loss                   loss     padding  padding
+    what it is for        burn-in  burn-in  loss                   loss     target   padding
     online network        read     read     Q(o3)                  Q(o4)    read     read     from the state before o1
     target network        read     read     Q'(o3)                 Q'(o4)   Q'(o5)   read     from the same state
     TD target                               r3 + gamma max Q'(o4)  r4                         terminated: no bootstrap
@@ -66,12 +67,13 @@ pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient st
    action that led there, so o1 holds a0.
 2. The state before o1 was stored when the agent was there; with --initial-state zero it is zeros. Neither is what the
    present weights would remember: the burn-in brings it closer. It carries no loss, and no gradient goes into it. The
-   returns of two seeds after 100,000 transitions: 377 and 417 with both; 432 and 151 without the burn-in; 172 and 107
-   from zeros; 11 and 16 from zeros without the burn-in.
+   returns of two seeds with --total-timesteps 100000: 377 and 417 with both; 432 and 151 without the burn-in; 172 and
+   107 from zeros; 11 and 16 from zeros without the burn-in.
 3. A step with loss compares Q(o3, a3) with the target network's value one position later (n positions, with --n-step n,
    and the rewards in between) in the same reading, so that its history is the same. Were o4 fed to the target network
    alone, it would remember nothing of o3.
-4. The sequence ends with its episode. What stands after that is read, and counts nowhere.
+4. The sequence ends with its episode. o5 is there for the target network: had time run out there, r4 + gamma max Q'(o5)
+   would be the target. What stands after it is read, and counts nowhere.
 5. Where fewer than 2 steps of the episode precede, the sequence starts with the episode: o0 stands at position 2, the
    state before it is zeros, which is true, and what the burn-in reads is thrown away.
 
@@ -82,12 +84,12 @@ is evaluated and kept (Polyak and Juditsky, SIAM J. Control Optim. 30, 1992), a 
 The network is told the last action, as in R2D2, and not the last reward. No prioritised replay, double or dueling
 networks, or rescaled values. Nearer to Hausknecht and Stone: --initial-state zero --burn-in 0 --n-step 1.
 
-Differences from dqn_cartpole.py, by section. Environment: the hidden velocities, the last action in the observation, an
-optional shaped reward. Network: the LSTM, and layer normalisation in the head. Replay memory: sequences, and the state
-before each observation. Equations: unroll; the loss of several sequences, with targets of --n-step rewards. Training
-and evaluation: a state per environment, zero where an episode begins; the norm of the gradient is clipped; an average
-of the weights is evaluated and kept. By default also more transitions, half as many gradient steps per transition, each
-on eight times as many steps, and other rates.
+Differences from dqn_cartpole.py, by section. Environment: the hidden velocities, other units, the last action in the
+observation, an optional shaped reward. Network: the LSTM, and layer normalisation in the head. Replay memory:
+sequences, and the state before each observation. Equations: unroll; the loss of several sequences, with targets of
+--n-step rewards. Training and evaluation: a state per environment, zero where an episode begins; the norm of the
+gradient is clipped; an average of the weights is evaluated and kept. By default also more transitions, half as many
+gradient steps per transition, each on eight times as many steps, and other rates.
 
 The same seed gives the same parameters to the bit, on a CPU with the same versions; so does a run that was interrupted
 and resumed, wherever the environment's state is plain data, as CartPole's is.
@@ -149,7 +151,7 @@ class Args:
     num_envs: int = 16  # environments that step side by side
     vec_env: Literal["dummy", "subproc"] = "dummy"  # in this process; or a process each, for slow steps
     time_limit: int | None = None  # steps per episode in place of the environment's own limit; -1 removes it
-    hide: Literal["velocity", "none"] = "velocity"  # what CartPole does not show; other environments: none
+    hide: Literal["velocity", "none"] = "velocity"  # what CartPole does not show (none: all); other environments: none
     shaped_reward: bool = False  # CartPole: learn from 1 - |x| - |angle|/0.209, not 1; returns stay the true ones
 
     # algorithm
@@ -162,7 +164,7 @@ class Args:
     average_steps: int = 1_000  # gradient steps over which the evaluated network averages the online one; 1: no average
     gamma: float = 0.99  # discount per step
     buffer_size: int = 200_000  # transitions in the replay memory
-    n_step: int = 3  # rewards in a TD target before the bootstrap; fewer where the sequence ends
+    n_step: int = 3  # rewards in a TD target before the bootstrap; fewer near the end of a sequence
     batch_size: int = 128  # sequences per gradient step
     sequence_length: int = 8  # steps of a sequence that carry loss (fewer where the episode ends)
     burn_in: int = 4  # steps before them, without loss and gradient, that bring the state up to date
@@ -215,7 +217,7 @@ class ShapedReward(gym.Wrapper):
 
 
 class CartPoleUnits(gym.ObservationWrapper):
-    """CartPole in units of what a few steps change, so that no move is tiny; with hide "velocity", positions only."""
+    """CartPole in units in which a step changes each number by 0.1 to 0.6; with hide "velocity", positions only."""
 
     units = np.float32([0.1, 0.5, 0.02, 0.5])  # of x, its velocity, the angle, its velocity
 
@@ -322,7 +324,7 @@ class QNetwork(nn.Module):
         self.state_shape = (2, args.num_layers, hidden)  # of one sequence
         if args.memory == "lstm":
             self.lstm = nn.LSTM(inputs, hidden, args.num_layers)
-            for layer in range(args.num_layers):  # forget gates that start open: 0 halves the memory each step
+            for layer in range(args.num_layers):  # forget gates that start open: biases of 0 would halve it each step
                 nn.init.constant_(getattr(self.lstm, f"bias_ih_l{layer}")[hidden : 2 * hidden], 2.0)
         else:  # it remembers nothing, and hands the state through
             sizes = [inputs] + [hidden] * (args.num_layers - 1)
@@ -392,8 +394,8 @@ class ReplayMemory:
 
         It starts 0 to length - 1 steps before, so that what is drawn stands anywhere in it, and reads burn_in steps
         before that. Where fewer are to be had, it starts where they begin, with no burn-in: with the episode, whose
-        state is known to be zero there, or with what a full ring still holds. (Then what was drawn may lie behind the
-        end of the sequence: the first steps of an episode are learned from about as often as the others.)
+        state is known to be zero there, or with what a full ring still holds. (What was drawn may then lie after its
+        end.) The first steps of an episode are learned from about as often as others, the very last half as often.
         """
         columns, n = self.columns, self.num_envs
         drawn = torch.randint(min(self.added, self.capacity), (batch_size,)).numpy()
@@ -403,11 +405,11 @@ class ReplayMemory:
         burned_in = back + burn_in <= older
         back = np.where(burned_in, back, older)
 
-        step = np.arange(-burn_in, length)[:, None]  # 0: the first that may carry loss
-        slots = (drawn + n * (step - back)) % self.capacity  # (burn_in + T, B)
+        t = np.arange(-burn_in, length)[:, None]  # 0: the first step that may carry loss
+        slots = (drawn + n * (t - back)) % self.capacity  # (burn_in + T, B)
         first = np.where(burned_in, slots[0], slots[burn_in])
         steps = columns["steps"][slots[burn_in:]]
-        learn = (steps == steps[0] + step[burn_in:]) & (step[burn_in:] <= back + newer)  # same episode, not yet stale
+        learn = (steps == steps[0] + t[burn_in:]) & (t[burn_in:] <= back + newer)  # same episode, and stored
 
         batch = Batch(
             obs=np.concatenate([columns["obs"][slots[: burn_in + 1]], columns["next_obs"][slots[burn_in:]]]),
@@ -440,7 +442,7 @@ class Episodes:
         self.steps = np.zeros(state.shape[2], np.int64)
 
     def begin(self, which: np.ndarray):
-        """Zero the state where an episode ended, (num_envs,) bool: in whichever way."""
+        """Zero state and steps where an episode ended, in whichever way: which (num_envs,) bool."""
         self.state[:, :, which] = 0.0
         self.steps[which] = 0
 
@@ -530,8 +532,8 @@ def train(args: Args) -> dict:
     global_step = gradient_steps = target_syncs = 0
     loss = torch.zeros(())  # until the first gradient step
 
-    state = {"online_network": q_network, "target_network": target_network, "optimizer": optimizer}
-    with Run(args, envs, average_network, **state, memory=memory, episodes=episodes) as run:
+    saved = {"online_network": q_network, "target_network": target_network, "optimizer": optimizer}
+    with Run(args, envs, average_network, **saved, memory=memory, episodes=episodes) as run:
         run.say(f"replay memory of {memory.nbytes / 1e6:,.1f} MB")
         if args.resume:
             global_step, gradient_steps, target_syncs = run.restored()
@@ -575,7 +577,7 @@ def train(args: Args) -> dict:
                     nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
                 gradient_steps += 1
-                # What is evaluated and kept: the mean of the weights so far, later a running mean of average_steps.
+                # Not a target: the network that is evaluated. The mean of all weights so far, later an exponential one.
                 update_target(average_parameters, parameters, 1 / min(gradient_steps, args.average_steps))
 
                 # Sync the target every target_frequency transitions; a gradient step stands for train_frequency.
@@ -838,9 +840,10 @@ class Run:
         checkpoint = load_checkpoint(path)
         if "counts" not in checkpoint:
             refuse(f"{path} holds a network only and cannot be resumed")
-        if self.args.total_timesteps < checkpoint["counts"]["global_step"]:
-            refuse(f"--total-timesteps {self.args.total_timesteps} is less than the run has behind it")
         try:
+            counts, planned = checkpoint["counts"], checkpoint["args"]["total_timesteps"]  # the last iteration may end
+            if self.args.total_timesteps < min(counts["global_step"], planned):  # beyond what was planned
+                refuse(f"--total-timesteps {self.args.total_timesteps} is less than the run has behind it")
             for name, value in self.state.items():
                 value.load_state_dict(checkpoint.pop(name))
             torch.set_rng_state(checkpoint["torch_rng"])

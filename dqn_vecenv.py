@@ -51,19 +51,18 @@ What happens in one step of the loop, with n environments, and in which process:
     store n transitions
 
 Only the learning overlaps with the environments. A step of the loop costs choosing, the longer of learning and the
-slowest worker, the pipes, and storing, if there is a core for each process. With dummy everything happens in turn,
-inside step_wait.
+slowest worker, the pipes, and storing, if there is a core for each process. With dummy the environments step one
+after the other, inside step_wait.
 
-Four things must not depend on n, and each is easy to get wrong. Gradient steps per transition: counted in transitions,
-not in iterations of the loop. Exploration: each environment draws for itself; one draw for all would make the n
-transitions of a step all random or all greedy. Seeds: environment i gets seed + i, or the k-th episode of all would
-begin in the same state. The next observation: after the end of an episode the VecEnv has already begun the next one,
-and the observation that belongs to the transition is the one in the info.
+Four things are easy to get wrong. Gradient steps per transition: counted in transitions, not in iterations of the loop.
+Exploration: each environment draws for itself; one draw for all would make the n transitions of a step all random or
+all greedy. Seeds: environment i gets seed + i, or all n would play the same episodes. The next observation: after the
+end of an episode the VecEnv has already begun the next one, and the observation that belongs to the transition is the
+one in the info.
 
 Differences from dqn_cartpole.py, by section. Arguments: worker processes by default, --vec-env envpool; and one
-gradient step per iteration of 16 transitions, on a batch of 512 with a learning rate of 1.6e-2, in place of about
-three on 128 with 4e-3: workers that answer once per iteration want the learning in one piece. Environment:
-EnvPoolVecEnv.
+gradient step per 16 transitions, with batch 512, learning rate 1.6e-2 and tau 0.05, in place of one per 5 with 128,
+4e-3 and 0.02: workers that answer once per iteration want the learning in one piece. Environment: EnvPoolVecEnv.
 """
 
 import argparse
@@ -701,9 +700,10 @@ class Run:
         checkpoint = load_checkpoint(path)
         if "counts" not in checkpoint:
             refuse(f"{path} holds a network only and cannot be resumed")
-        if self.args.total_timesteps < checkpoint["counts"]["global_step"]:
-            refuse(f"--total-timesteps {self.args.total_timesteps} is less than the run has behind it")
         try:
+            counts, planned = checkpoint["counts"], checkpoint["args"]["total_timesteps"]  # the last iteration may end
+            if self.args.total_timesteps < min(counts["global_step"], planned):  # beyond what was planned
+                refuse(f"--total-timesteps {self.args.total_timesteps} is less than the run has behind it")
             for name, value in self.state.items():
                 value.load_state_dict(checkpoint.pop(name))
             torch.set_rng_state(checkpoint["torch_rng"])

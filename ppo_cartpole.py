@@ -33,7 +33,7 @@ every evaluation in the last fifth is 500.0, and training takes 2.6 s on one cor
 
 Is my run healthy?       at 10 %    at 50 %    at 100 %     (median of ten seeds; lowest and highest)
     greedy return        258        500        500          (105 to 384; 425 to 500; 500 to 500)
-    training return      35         201        437          (mean of the last 100 episodes: it looks back, and explores)
+    training return      35         201        437          (mean of the last 100 episodes, which explore)
     entropy              0.58       0.49       0.40         (0.69 = log 2 is a policy that does not care)
     approx_kl            0.009      0.001      0.000        (of the last minibatch; it falls with the learning rate)
 
@@ -45,11 +45,11 @@ computed for all environments at once; a pass shuffles each column once; and Ada
 objects: sampling is four tensor operations. What remains is gradient steps, three quarters of the time.
 
 Differences from the paper: as in the code that its authors released (openai/baselines, ppo2), weights start orthogonal,
-advantages are normalised in each minibatch, the value loss is halved, the learning rate and the clip range fall over
-the run, Adam's epsilon is 1e-5, and one norm of the gradient is clipped for both networks; that code also clips the
-value loss, which here is --clip-value-loss. --target-kl is not in the paper either. Gamma and lambda are smaller than
-there. An episode that ran out of time is not taken for one that ended: gamma times the value of its last observation is
-added to the last reward.
+advantages are normalised in each minibatch, the value loss is halved, Adam's epsilon is 1e-5, and one norm of the
+gradient is clipped for both networks; that code also clips the value loss, which here is --clip-value-loss. The
+learning rate and the clip range fall over the run, as in the paper's Atari games. --target-kl is not in the paper
+either. Gamma and lambda are smaller than there. An episode that ran out of time is not taken for one that ended: gamma
+times the value of its last observation is added to the last reward.
 
 Differences from dqn_cartpole.py, by section. Network: actor and critic. Rollout in place of the replay memory.
 Equations: advantages and the clipped losses in place of the TD loss. Training: collect, then learn; no epsilon, since
@@ -122,10 +122,10 @@ class Args:
     gae_lambda: float = 0.9  # of GAE: 0 looks one reward ahead, 1 to the end of the rollout
     norm_advantages: bool = True  # to mean 0 and standard deviation 1, in each minibatch
     clip_coef: float = 0.2  # how far the ratio of new to old probability may move from 1 and still gain by it
-    clip_value_loss: bool = False  # clip the change of the values too, by clip_coef: in units of the return
+    clip_value_loss: bool = False  # clip the change of the values too, by clip_coef as annealed: in units of the return
     value_coef: float = 1.0  # weight of the value loss, which is half the mean squared error
     entropy_coef: float = 0.0  # weight of the entropy bonus
-    target_kl: float | None = None  # end the passes over a rollout after one with a larger approx_kl at its end
+    target_kl: float | None = None  # no further pass over a rollout once approx_kl of a pass's last minibatch is larger
     hidden_size: int = 64  # units in each of the two hidden layers, of the actor and of the critic
 
     # optimisation
@@ -253,10 +253,10 @@ def compute_gae(rewards, values, ended, gamma: float, gae_lambda: float):
     """Return advantages and returns, (T, N) each: generalised advantage estimation (GAE).
 
     Schulman et al. 2016, equation 16, cut off where the rollout ends:
-    delta_t = r_t + gamma * V(s_t+1) - V(s_t)
-    A_t     = delta_t + gamma * lambda * A_t+1       return_t = A_t + V(s_t)
+    delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)
+    A_t     = delta_t + gamma * lambda * A_{t+1}       return_t = A_t + V(s_t)
 
-    Where an episode ended after step t, V(s_t+1) and A_t+1 belong to the next episode and count as 0. Where it ended
+    Where an episode ended after step t, V(s_{t+1}) and A_{t+1} belong to the next one and count as 0. Where it ended
     because time ran out, gamma * V(last observation) must already be in r_t: the task did not end there.
     rewards, ended: (T, N). values: (T + 1, N), the last row those of the observations at which the rollout was cut.
     """
@@ -290,7 +290,7 @@ def normalise(advantages: torch.Tensor) -> torch.Tensor:
 
 
 def ppo_loss(log_probs, old_log_probs, advantages, clip_coef: float):
-    """Return the clipped surrogate loss, Schulman et al. 2017, equation 7, a number, and log(ratio), (B,).
+    """Return the clipped surrogate loss (Schulman et al. 2017, equation 7) and log(ratio), (B,).
 
     ratio = pi(a|s) / pi_old(a|s)            1 in the first minibatch after a rollout
     L     = -mean(min(ratio * A, clip(ratio, 1 - c, 1 + c) * A))
@@ -362,8 +362,8 @@ def train(args: Args) -> dict:
             optimizer.param_groups[0]["lr"] = learning_rate
             before_rollout = global_step
 
-            # Collect: num_steps of every environment with the policy as it is. Only the actor runs here: values and
-            # log-probabilities are computed afterwards for the whole rollout, two passes in place of 2 * num_steps.
+            # Collect: num_steps of every environment with the policy as it is. Only the actor runs here: the values
+            # are computed afterwards, in one pass over the whole rollout in place of num_steps small ones.
             rollout.obs[0] = rollout.obs[-1]  # go on where the last rollout was cut off
             timeouts = []  # (t, i, last observation) where an episode ran out of time
             with torch.no_grad():
@@ -388,7 +388,7 @@ def train(args: Args) -> dict:
                     rollout.rewards[steps, indices] += args.gamma * network.value(last_obs).cpu().numpy()
                 advantages, returns = compute_gae(rollout.rewards, values, rollout.ended, args.gamma, args.gae_lambda)
 
-                # One batch, (T, N, ...) -> (T * N, ...), and what pi_old gave its actions: a number, without gradient.
+                # One batch, (T, N, ...) -> (T * N, ...), and log pi_old(a|s) of its actions, without gradient.
                 obs = all_obs[:-1].flatten(0, 1)
                 arrays = rollout.actions, advantages, returns, values[:-1]
                 actions, *others = (torch.from_numpy(array).to(device).flatten() for array in arrays)
@@ -419,7 +419,7 @@ def train(args: Args) -> dict:
                 if args.target_kl is not None and approx_kl(log_ratio) > args.target_kl:
                     break
 
-            metrics = {  # of the last minibatch, before its gradient step
+            metrics = {  # the first five: of the last minibatch, before its gradient step
                 "policy_loss": policy_loss.item(),
                 "value_loss": values_loss.item(),
                 "entropy": entropy.mean().item(),
@@ -428,10 +428,10 @@ def train(args: Args) -> dict:
                 "explained_variance": explained_variance(values[:-1], returns),
                 "learning_rate": learning_rate,
             }
+            run.check(global_step, observation=rollout.obs, reward=rollout.rewards, loss=loss)
             run.write(global_step, {f"train/{name}": value for name, value in metrics.items()})
 
             # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
-            run.check(global_step, observation=rollout.obs, reward=rollout.rewards, loss=loss)
             if global_step // args.eval_every > before_rollout // args.eval_every:
                 run.evaluate(global_step, eval_seed)
             run.tick(global_step=global_step, gradient_steps=gradient_steps)
@@ -661,9 +661,10 @@ class Run:
         checkpoint = load_checkpoint(path)
         if "counts" not in checkpoint:
             refuse(f"{path} holds a network only and cannot be resumed")
-        if self.args.total_timesteps < checkpoint["counts"]["global_step"]:
-            refuse(f"--total-timesteps {self.args.total_timesteps} is less than the run has behind it")
         try:
+            counts, planned = checkpoint["counts"], checkpoint["args"]["total_timesteps"]  # the last iteration may end
+            if self.args.total_timesteps < min(counts["global_step"], planned):  # beyond what was planned
+                refuse(f"--total-timesteps {self.args.total_timesteps} is less than the run has behind it")
             for name, value in self.state.items():
                 value.load_state_dict(checkpoint.pop(name))
             torch.set_rng_state(checkpoint["torch_rng"])

@@ -163,7 +163,7 @@ BUGS = [
     Bug("sequences-cross-resets", RECURRENT,
         "test_dqn_lstm.py::test_a_sequence_is_a_stretch_of_one_episode[0.15-60-150-4-0]",
         "sequences cut from the memory with no look at where episodes end",
-        "learn = (steps == steps[0] + step[burn_in:]) & (", "learn = (", SHORT),
+        "learn = (steps == steps[0] + t[burn_in:]) & (", "learn = (", SHORT),
     Bug("gradient-in-burn-in", RECURRENT, "test_dqn_lstm.py::test_no_gradient_from_burn_in_and_padding",
         "a gradient through the burn-in",
         "with torch.no_grad():\n            _, after =", "if True:\n            _, after =", SHORT),

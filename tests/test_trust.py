@@ -200,6 +200,25 @@ def test_result_json_of_before_the_resume_is_gone(name, tmp_path, monkeypatch):
     assert not (run / "result.json").exists()
 
 
+@pytest.mark.parametrize("name", VECTOR_SCRIPTS)
+def test_a_run_killed_while_it_finishes_is_finished_by_a_resume(name, tmp_path, cli):
+    run = tmp_path / "run"
+    train(name, run, total_timesteps=1_201)  # it ends at 1,202, or with a whole rollout
+    before = checkpoint_of(run)
+    assert before["counts"]["global_step"] > 1_201
+    (run / "result.json").unlink()
+    assert cli("--resume", run, script=f"{name}.py")[0] == 0
+    after = checkpoint_of(run)
+    assert (
+        after["counts"]
+        == before["counts"]
+        == {name: json.loads((run / "result.json").read_text())[name] for name in before["counts"]}
+    )
+    assert all(torch.equal(before["network"][key], after["network"][key]) for key in before["network"])
+    status, _, err = cli("--resume", run, "--total-timesteps", 1_200, script=f"{name}.py")
+    assert status == 2 and "--total-timesteps 1200 is less than the run has behind it" in err
+
+
 @pytest.mark.parametrize("rubbish", ["\x00\xff garbage\n12,half", "", None])
 def test_a_garbled_progress_csv_does_not_stop_a_resume(rubbish, tmp_path, cli):
     run = tmp_path / "run"
