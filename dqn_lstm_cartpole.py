@@ -40,8 +40,8 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %     (median of ten seeds
     loss                 14         18         15           (of targets with three rewards, which differ more)
     mean Q(s, a)         39         93         98           (the true limit is 1 / (1 - gamma) = 100)
 
-With --hide none, seeds 1 to 10: 500.0 on seven of ten, 477.4, 495.0 and 498.4 on the others. Of the last evaluations
-some still fall, the lowest to 377.
+With --hide none, seeds 1 to 10: 500.0 on seven of ten, 477.4, 495.0 and 498.4 on the others. In the last fifth some
+evaluations still fall, the lowest to 377.
 
 Four networks: the online one acts and is trained; the target network values what comes next; what is evaluated is the
 average of the online one's weights over the last thousand gradient steps or so; and best.pt is the average that was
