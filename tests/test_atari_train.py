@@ -88,6 +88,19 @@ def test_pixels_are_divided_by_255_once():
     assert seen[0].min() == seen[0].max() == 1.0
 
 
+@pytest.mark.parametrize(
+    "network, filters, parameters",
+    [("nature", [(32, 8, 4), (64, 4, 2), (64, 3, 1)], 1_686_180), ("nips", [(16, 8, 4), (32, 4, 2)], 677_172)],
+)
+def test_the_networks_are_those_of_the_papers(network, filters, parameters):
+    env = make_env(Args(**SHORT))
+    q_network = QNetwork(env.observation_space, env.action_space, Args(**SHORT, network=network))
+    convolutions = [layer for layer in q_network.layers if isinstance(layer, torch.nn.Conv2d)]
+    assert [(layer.out_channels, layer.kernel_size[0], layer.stride[0]) for layer in convolutions] == filters
+    assert sum(p.numel() for p in q_network.parameters()) == parameters  # with Breakout's four actions
+    assert q_network(torch.zeros((3, 4, 84, 84), dtype=torch.uint8)).shape == (3, 4)
+
+
 # --- Counts and resume ---
 
 
