@@ -397,8 +397,8 @@ class QNetwork(nn.Module):
         self.head = nn.Linear(layers[-2].out_features, action_space.n)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        # The only place where pixels are scaled. In place: a second array of 3.6 MB, taken fresh from the operating system
-        # each time, would cost more in page faults than the division.
+        # The only place where pixels are scaled. In place: a second array of 3.6 MB, whose pages the operating system
+        # hands out anew each time, costs more than the division.
         pixels = obs.to(self.precision).div_(255.0)
         with torch.autocast(obs.device.type, self.precision, enabled=self.precision != torch.float32):
             features = self.layers(pixels)
