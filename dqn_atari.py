@@ -507,12 +507,15 @@ class ReplayMemory:
     def stacks(self, index: np.ndarray) -> np.ndarray:
         """Return the observations of these indices as the actor saw them: (B,) -> (B, 4, 84, 84)."""
         window = (index[:, None] + self.num_envs * np.arange(-3, 1)) % self.capacity  # (B, 4): slots t-3 .. t
-        frames = self.arrays["frames"][window]
+        frames = self.arrays["frames"][window.T]  # (4, B, 84, 84)
         # Zero what lies before the start of the episode: with a start at t-1, frames t-3 and t-2. So frame k is zeroed
         # where a start stands at any of k+1 .. t.
         starts = self.arrays["starts"][window[:, 1:]]
-        frames[:, :3][np.logical_or.accumulate(starts[:, ::-1], axis=1)[:, ::-1]] = 0
-        return frames
+        frames[:3][np.logical_or.accumulate(starts[:, ::-1], axis=1)[:, ::-1].T] = 0
+        # The convolutions want the four values of a pixel side by side (channels last). To lay them so as bytes, here,
+        # costs less than what the first layer would do otherwise: rearrange floats, in both networks and backwards.
+        pixels = cv2.merge(list(frames.reshape(4, -1, 84)))  # (B * 84, 84, 4)
+        return pixels.reshape(-1, 84, 84, 4).transpose(0, 3, 1, 2)  # a view
 
     def state_dict(self) -> dict:
         arrays = {name: torch.from_numpy(array[: self.filled]) for name, array in self.arrays.items()}
