@@ -145,6 +145,8 @@ def test_types_and_shapes():
     run.step()
     obs, actions, rewards, next_obs, terminated, discounts = run.memory.sample(32, 3, GAMMA, CPU)
     assert obs.shape == next_obs.shape == (32, 4, 84, 84) and obs.dtype == next_obs.dtype == torch.uint8
+    for stacks in (obs, next_obs):  # the convolutions' layout: else each would rearrange them, as floats
+        assert stacks.is_contiguous(memory_format=torch.channels_last)
     assert actions.shape == rewards.shape == terminated.shape == discounts.shape == (32,)
     assert actions.dtype == torch.int64
     assert {rewards.dtype, terminated.dtype, discounts.dtype} == {torch.float32}
