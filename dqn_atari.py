@@ -40,6 +40,17 @@ Measured with it, one run, seed 1: the mean score of the last 100 training games
 69.9, after 3.9 million transitions.) The final network scores 55.9 +- 58.6 over 30 games, the best one 85.7: with this
 learning rate the curve is not yet steady. The default run of 10 million transitions was not measured.
 
+Pong, with the smaller network of 2013 and five-step returns:
+
+    python dqn_atari.py --env-id PongNoFrameskip-v4 --network nips --n-step 5 --total-timesteps 3000000 \
+        --train-frequency 8 --target-frequency 4000 --learning-starts 20000 --buffer-size 300000 \
+        --exploration-steps 250000 --epsilon-end 0.02 --learning-rate 2.5e-4 --optimizer-eps 1.5e-4 --target-return 18
+
+One run, seed 1, on slow and shared cores: evaluations of -17.2 at 400,000 transitions, 14.6 at 800,000 after an hour,
+14.2 at 1,100,000, where it was ended. The first 400,000 look like nothing: the loss falls, the score does not rise.
+Adam's eps belongs to that learning rate. While hardly anything is rewarded the gradients are tiny, Adam divides them by
+their own size, and steps in no direction can kill the ReLUs: with eps 1e-8 and 2.5e-4 a run learned nothing.
+
 Is my run healthy?       at 10 %    at 50 %    at 100 %     of those 1,000,000 transitions
     training return      2.7        54         75           (a random player: about 1.3)
     evaluations          24, 53, 94 and 28, at each quarter (of 5 games: noisy)
