@@ -59,27 +59,28 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %     of those 1,000,000 t
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. A gradient step comes every 4 transitions, a copy to the target network every 1,000 transitions, which are 250
-gradient steps. A game's length, train/episode_length, is in frames.
+gradient steps. A game's length, train/episode_length, is in frames: four per transition.
 
 A memory of a million transitions needs 7 GB, each game's process 15 MB of its own. Evaluations run in the main
 process while the others idle. A resumed run refills its memory before it learns on, unless --checkpoint-memory wrote
 it: expect a dip.
 
-Training and evaluation differ in one thing that matters. An evaluation plays a game through: after a lost life nothing
-presses FIRE but the agent, which has rarely seen that screen. A training episode is a life, and begins with FIRE.
+A training episode is a life; an evaluation plays the whole game. In both the next life begins with one no-op and, where
+action 1 is FIRE, actions 1 and 2: an agent that never sees the screen that waits for FIRE may never press it. What is
+written as train/episode_return and train/episode_length is of whole games all the same, unclipped.
 
 Differences from the paper: Adam 1e-4 instead of RMSProp, target copies every 250 gradient steps instead of 10,000, 10
 million transitions instead of 50, epsilon down to 0.01 instead of 0.1 (and 0.01 in evaluations, of whole games, not
-0.05 and 5 minutes), falling from the first transition on, learning from 80,000 transitions on instead of 50,000. Where
-action 1 is FIRE, it and action 2 are pressed as an episode begins. Several games side by side; a bootstrap where a game
-runs out of time. As there: no-op starts, 4 frames per action, the maximum of the last two, one life per episode,
-rewards -1, 0, 1, a gradient step every 4 actions, the TD error clipped (Huber loss). No double or dueling networks, no
-prioritised replay; n-step returns (Hessel et al., "Rainbow", AAAI 2018) only where --n-step asks for them.
+0.05 and 5 minutes), learning from 80,000 transitions on instead of 50,000, FIRE pressed for the agent as a life begins.
+Several games side by side; a bootstrap where a game runs out of time. As there: no-op starts, 4 frames per action, the
+maximum of the last two, one life per episode, rewards -1, 0, 1, a gradient step every 4 actions, the TD error clipped
+(Huber loss). No double or dueling networks, no prioritised replay; n-step returns (Hessel et al., "Rainbow", AAAI 2018)
+only where --n-step asks for them.
 
 Differences from dqn_cartpole.py, by section. Environment: AtariGame, push_frames. Network: convolutions, bfloat16.
 Replay memory: frames, n-step returns. Equations: make_optimizer. Training: stacks of frames; a constant learning rate;
-refilling the memory after a resume. Evaluation: whole games, raw score, at --eval-epsilon. On a CPU the same seed gives
-the same parameters; a resumed run does not, since its games begin anew.
+clipping by value; refilling the memory after a resume. Evaluation: whole games, raw score, at --eval-epsilon. On a CPU
+the same seed gives the same parameters; a resumed run does not, since its games begin anew.
 """
 
 import argparse
@@ -174,7 +175,7 @@ class Args:
     # evaluation
     eval_every: int = 250_000  # transitions between evaluations
     eval_episodes: int = 5  # whole games per evaluation
-    eval_epsilon: float = 0.01  # probability of a random action in evaluations; 0 may wait for FIRE for ever
+    eval_epsilon: float = 0.01  # probability of a random action in evaluations; with 0 a game may go in circles
     final_eval_episodes: int = 30  # whole games at the end, on seeds that were not used to choose the best network
 
     def __post_init__(self):
@@ -203,14 +204,14 @@ class AtariGame(gym.Wrapper):
 
     The preprocessing of the Nature paper (Mnih et al., 2015, Methods), in one class so that its order can be read.
     Four frames per action make 15 decisions a second instead of 60. A reward then follows its cause after a quarter as
-    many steps (in Breakout about 14, from the paddle to the brick): it is discounted less, and fewer bootstraps carry
-    it back. And things move visibly from one observation to the next.
+    many steps (Breakout, from the paddle to the brick: about 14 instead of 56): it is discounted less, and passes
+    through fewer TD targets on its way back. And things move visibly from one observation to the next.
 
     It drives the emulator itself, for speed: a full RGB screen is fetched for 2 of 4 frames only. A wrapper below this
     one would see no steps. Stacking is left to push_frames.
 
     training=True   an episode is one life, the reward its sign (-1, 0 or 1)
-    training=False  an episode is a whole game, the reward the raw score gained
+    training=False  an episode is a whole game, the reward the raw score gained; step() begins the next life
 
     Where a game (not a life) ended since the last step, info["episode"] holds its raw score "r" and its length "l"
     in emulator frames, no-ops included. A game may end between two steps: in the no-op or FIRE after a lost life.
@@ -234,7 +235,14 @@ class AtariGame(gym.Wrapper):
         self.finished: dict | None = None  # statistics of a game that ended and was not yet reported
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        lives = self.lives
         reward, terminated, truncated = self._repeat(action)
+        # The next life, by the actions of reset() while training; there the stack begins anew as well, here it goes on.
+        if not self.training and 0 < self.lives < lives:
+            for start_action in (0, *self.start_actions):
+                if not self.game_over:
+                    gained, terminated, truncated = self._repeat(start_action)
+                    reward += gained
         info = {}
         if self.finished:
             info["episode"], self.finished = self.finished, None
@@ -266,7 +274,7 @@ class AtariGame(gym.Wrapper):
                 self.ale.getScreenRGB(self.screens[frame - 2])
             if self.ale.game_over():
                 break
-        if frame < 3:  # the game ended early: its last frame stands alone, the screens are from an earlier step
+        if frame < 3:  # the game ended early: its last frame stands alone, a screen is from an earlier step
             self.screens[:] = self.ale.getScreenRGB()
         terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
         self.score += reward
@@ -282,12 +290,12 @@ class AtariGame(gym.Wrapper):
 
     def _next_episode(self, seed: int | None = None, options: dict | None = None) -> None:
         if self.training and not self.game_over:
-            self._repeat(0)  # after a lost life the game goes on: one no-op moves past the loss
+            self._repeat(0)  # one no-op moves past the loss; what it gains counts for the score, not for the agent
             if not self.game_over:
                 return
         self.env.reset(seed=seed, options=options)
         self.score = 0
-        for _ in range(self.env.unwrapped.np_random.integers(1, 31)):
+        for _ in range(self.env.unwrapped.np_random.integers(1, 31)):  # so many frames, or all games would begin alike
             self.score += self.ale.act(self.actions[0])  # no-op
             if self.ale.game_over():
                 self.env.reset()
@@ -403,7 +411,7 @@ class QNetwork(nn.Module):
                 nn.Linear(2592, 256),
                 nn.ReLU(),
             ]
-        # channels_last, as the minibatches are: the convolutions need not rearrange either
+        # channels_last, as the minibatches are: else each convolution would rearrange its weights or its input
         self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)
         self.head = nn.Linear(layers[-2].out_features, action_space.n)
 
@@ -421,7 +429,7 @@ class QNetwork(nn.Module):
 
 
 class Batch(NamedTuple):
-    """B transitions: what the agent saw, did and got, what it saw next, and whether the episode ended there.
+    """B transitions: what the agent saw, did and got, what it saw next, and whether the episode terminated there.
 
     With n_step above 1, B runs of up to n transitions: what was got in all of them, and seen after the last.
     """
@@ -441,17 +449,15 @@ class ReplayMemory:
     next slot. The rings are interleaved in flat arrays: index = slot * num_envs + env, and the same environment's next
     slot is num_envs further on, modulo the capacity.
 
-    The end of an episode takes two slots: its last observation, then the first one of the next episode.
-
     A transition is named by the index of its observation. What may be drawn is marked drawable; excluded are
       - observations that ended an episode, and the newest of each environment: no action was taken there;
       - the 3 oldest of a full ring: the frames before them, which are part of their stack, are overwritten.
-    So every ended episode costs a slot: slightly fewer transitions than buffer_size fit.
+    So every ended episode costs a slot, for its last observation: slightly fewer transitions than buffer_size fit.
     """
 
     def __init__(self, buffer_size: int, num_envs: int):
         self.num_envs = num_envs
-        slots = math.ceil(buffer_size / num_envs) + 5  # of each: the 3 oldest, the newest, one that ended an episode
+        slots = math.ceil(buffer_size / num_envs) + 5  # and the 3 oldest, the newest, one that ended an episode
         self.capacity = slots * num_envs
         self.arrays = {
             "frames": np.empty((self.capacity, 84, 84), np.uint8),  # takes physical memory only as it is written
@@ -498,7 +504,9 @@ class ReplayMemory:
             index[rejected] = torch.randint(self.filled, (rejected.size,)).numpy()
 
         last, discounts, rewards = index, np.full(batch_size, gamma, np.float32), arrays["rewards"][index]
-        for _ in range(n_step - 1):  # one transition further, unless the episode ended, or this is the newest
+        # One transition further, unless the episode ended or this is the newest: those are not drawable. (Nor are the 3
+        # oldest, but the newest stands before them.)
+        for _ in range(n_step - 1):
             following = (last + self.num_envs) % self.capacity
             follows = arrays["drawable"][following]
             rewards += np.where(follows, discounts * arrays["rewards"][following], 0.0)
@@ -519,12 +527,12 @@ class ReplayMemory:
         """Return the observations of these indices as the actor saw them: (B,) -> (B, 4, 84, 84)."""
         window = (index[:, None] + self.num_envs * np.arange(-3, 1)) % self.capacity  # (B, 4): slots t-3 .. t
         frames = self.arrays["frames"][window.T]  # (4, B, 84, 84)
-        # Zero what lies before the start of the episode: with a start at t-1, frames t-3 and t-2. So frame k is zeroed
-        # where a start stands at any of k+1 .. t.
-        starts = self.arrays["starts"][window[:, 1:]]
-        frames[:3][np.logical_or.accumulate(starts[:, ::-1], axis=1)[:, ::-1].T] = 0
-        # The convolutions want the four values of a pixel side by side (channels last). To lay them so as bytes, here,
-        # costs less than what the first layer would do otherwise: rearrange floats, in both networks and backwards.
+        # Zero what lies before the start of the episode: frame t-j where an episode starts at any of t-j+1 .. t.
+        starts = self.arrays["starts"][window[:, :0:-1]]  # (B, 3): at t, t-1, t-2?
+        before = np.logical_or.accumulate(starts, axis=1)  # (B, 3): is t-1, t-2, t-3 before it?
+        frames[2::-1][before.T] = 0
+        # The convolutions want the four values of a pixel side by side (channels last). Interleaved here, bytes are
+        # moved once; else the first layer would rearrange floats, in both networks and in the backward pass.
         pixels = cv2.merge(list(frames.reshape(4, -1, 84)))  # (B * 84, 84, 4)
         return pixels.reshape(-1, 84, 84, 4).transpose(0, 3, 1, 2)  # a view
 
@@ -548,18 +556,20 @@ class ReplayMemory:
 # === Equations ========================================================================================================
 
 
-def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, gamma: float, loss: str):
+def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, gamma: torch.Tensor, loss: str):
     """Return the TD loss of Mnih et al. (2015), and Q(s, a) of the actions taken, (B,).
 
     y = r + gamma * max_a' Q_target(s', a')    where the episode went on, or only ran out of time (truncated)
-    y = r                                      where it ended for good (terminated): no reward can follow
+    y = r                                      where it terminated. After a lost life the game goes on and pays, but not
+                                               this episode: that is what makes losing one costly
     L = mean of (y - Q(s, a))^2, or of Huber's loss: half that square up to an error of 1, linear beyond
 
     That the maximum is taken, whichever action came next, makes old and random transitions as good to learn from as new
-    ones (off-policy); that it is a maximum over noisy estimates makes it too large on average.
+    ones (off-policy); that it is a maximum over noisy estimates makes it too large on average. With n_step above 1 the
+    actions between s and s' are those of old networks, or random: y is off by what they cost.
 
     q_values: Q(s, .) of the online network, (B, A). next_q_values: Q_target(s', .), (B, A), without gradient: only
-    Q(s, a) is to move.
+    Q(s, a) is to move. gamma: batch.discounts, (B,), gamma^m where r is the sum of m discounted rewards.
     """
     q_taken = q_values.gather(1, batch.actions.unsqueeze(1)).squeeze(1)  # (B, A) -> (B,)
     next_q_max = next_q_values.max(dim=1).values  # (B, A) -> (B,)
@@ -643,7 +653,6 @@ def train(args: Args) -> dict:
                 batch = memory.sample(args.batch_size, args.n_step, args.gamma, device)
                 with torch.no_grad():
                     next_q_values = target_network(batch.next_obs)
-                # The bootstrap is weighed by gamma^m, m the number of rewards: 1, or up to n_step.
                 loss, q_taken = td_loss(q_network(batch.obs), next_q_values, batch, batch.discounts, args.loss)
                 optimizer.zero_grad()
                 loss.backward()
@@ -673,7 +682,7 @@ def train(args: Args) -> dict:
             memory.add(actions, rewards, last_frames, dones & ~truncated, dones, next_frames)
             push_frames(stacks, next_frames, ended=dones)
             for info in infos:
-                if "episode" in info:
+                if "episode" in info:  # a game ended, with its raw score
                     run.write_episode(global_step, info["episode"])
 
             # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
@@ -690,7 +699,7 @@ def train(args: Args) -> dict:
 
 @torch.no_grad()
 def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env_options) -> np.ndarray:
-    """Play num_episodes whole games at eval_epsilon, one per environment, side by side; return the raw rewards.
+    """Play num_episodes whole games at eval_epsilon, one per environment, side by side; return their scores, unclipped.
 
     One game each: the first N games to end would be the short ones. Environment i gets seed + i; env_options
     (render_mode, video_dir) go to the first.
@@ -767,7 +776,7 @@ def check_args(args):
 
 
 def select_device(name: str, auto: str) -> torch.device:
-    """Return the device of that name; `auto` is the one that was measured to be the fastest for this script."""
+    """Return the device of that name; what `auto` stands for is the script's choice."""
     try:
         return torch.zeros(1, device=auto if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:

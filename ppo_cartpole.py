@@ -515,7 +515,7 @@ def check_args(args):
 
 
 def select_device(name: str, auto: str) -> torch.device:
-    """Return the device of that name; `auto` is the one that was measured to be the fastest for this script."""
+    """Return the device of that name; what `auto` stands for is the script's choice."""
     try:
         return torch.zeros(1, device=auto if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:

@@ -6,7 +6,8 @@
     python benchmarks/run_seeds.py dqn_cartpole.py --seeds 1 2 3 4 5 6 7 8 9 10 --ray auto
 
 Writes benchmarks/results/NAME/: summary.csv, a row per seed; seed_N.csv, the evaluations and losses of that run as
-step,metric,value; command.json, the command, the versions and the machine. A seed that has its row is not run again.
+step,metric,value; command.json, the command, the versions and the machine. A seed that has its row is not run again:
+to repeat what is recorded, give another --name.
 Times are worth something only with --jobs 1 and nothing else on the machine.
 
 Over a cluster: --ray ADDRESS sends each seed to a free core of a Ray cluster (pip install ray). The address is Ray's:
@@ -123,9 +124,12 @@ def describe(out: Path, command: str, jobs):
 
 
 def seeds_to_run(seeds: list[int], out: Path) -> list[int]:
-    """Return the seeds without a row in summary.csv."""
+    """Return the seeds without a row in summary.csv; say which have one."""
     summary = out / "summary.csv"
     done = [int(line.split(",")[0]) for line in summary.read_text().splitlines()[1:]] if summary.exists() else []
+    skipped = " ".join(str(seed) for seed in seeds if seed in done)
+    if skipped:
+        print(f"not run again, they have a row in {summary}: {skipped}; to run them, give another --name")
     return [seed for seed in seeds if seed not in done]
 
 
@@ -144,16 +148,16 @@ def add_row(row: dict, out: Path):
 def main():
     args = tyro.cli(Args, description=__doc__)
     out = ROOT / "benchmarks" / "results" / (args.name or Path(args.script).stem)
-    trainer = ray_trainer(args, out) if args.ray else partial(train, args, out)
-    describe(
-        out, f"python {args.script} --seed N {args.flags}".strip(), f"ray {version('ray')}" if args.ray else args.jobs
-    )
+    command = f"python {args.script} --seed N {args.flags}".strip()
     if args.collect:
+        describe(out, command, args.jobs)
         add_row(collect(Path(args.collect), out), out)
-        return
-    with ThreadPoolExecutor(len(args.seeds) if args.ray else args.jobs) as pool:  # Ray has a queue of its own
-        for row in pool.map(trainer, seeds_to_run(args.seeds, out)):
-            add_row(row, out)
+    elif seeds := seeds_to_run(args.seeds, out):
+        trainer = ray_trainer(args, out) if args.ray else partial(train, args, out)
+        describe(out, command, f"ray {version('ray')}" if args.ray else args.jobs)
+        with ThreadPoolExecutor(len(seeds) if args.ray else args.jobs) as pool:  # Ray has a queue of its own
+            for row in pool.map(trainer, seeds):
+                add_row(row, out)
 
 
 if __name__ == "__main__":

@@ -169,8 +169,10 @@ def main():
     torch.set_num_threads(1)
     setting = SETTINGS[args.algorithm]
     out = run_seeds.ROOT / "benchmarks" / "results" / (args.name or f"sb3_{args.algorithm}_cartpole")
-    run_seeds.describe(out, f"python benchmarks/sb3_cartpole.py {' '.join(sys.argv[1:])}", jobs=1)
-    for seed in run_seeds.seeds_to_run(args.seeds, out):
+    seeds = run_seeds.seeds_to_run(args.seeds, out)
+    if seeds:
+        run_seeds.describe(out, f"python benchmarks/sb3_cartpole.py {' '.join(sys.argv[1:])}", jobs=1)
+    for seed in seeds:
         run_seeds.add_row(train(setting, seed, args.total_timesteps or setting.total_timesteps, out), out)
 
 
