@@ -162,10 +162,9 @@ def test_evaluation_plays_whole_games_for_the_raw_score():
 def test_each_life_of_an_evaluation_begins_with_fire():
     env = make_env(arguments("BreakoutNoFrameskip-v4"), evaluation=True)
     env.reset(seed=0)
-    for step in range(300):  # without FIRE the second ball would never come, and the game never end
-        if any(env.step(0)[2:4]):
-            break
-    assert env.unwrapped.ale.game_over() and step < 299
+    while not any(env.step(0)[2:4]):  # without FIRE the second ball would never come, and the game never end
+        assert env.unwrapped.ale.getEpisodeFrameNumber() < 4000
+    assert env.unwrapped.ale.game_over() and env.unwrapped.ale.lives() == 0
 
 
 def test_a_game_that_ends_inside_reset_is_reported_once():
