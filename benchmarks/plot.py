@@ -1,7 +1,7 @@
 """Draw curves over seeds from the CSV files in benchmarks/results.
 
     python benchmarks/plot.py dqn_cartpole --out docs/dqn_cartpole.png
-    python benchmarks/plot.py dqn_atari_breakout --metric train/return_mean_100 --out docs/breakout.png
+    python benchmarks/plot.py dqn_atari_breakout --metric train/return_mean_100 --out breakout.png
 
 Thin lines are single seeds, the thick line is their mean at each step.
 """
@@ -43,14 +43,16 @@ def main():
     for index, name in enumerate(args.names):
         curves = [curve(path, args.metric) for path in sorted((RESULTS / name).glob("seed_*.csv"))]
         colour = f"C{index}"
-        for steps, values in curves:
-            axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3 if len(curves) > 1 else 1.0)
-        if len(curves) > 1:
+        label = args.labels[index] if args.labels else name
+        if len(curves) == 1:
+            axes.plot(*curves[0], color=colour, linewidth=0.8, label=label)
+        else:
+            for steps, values in curves:
+                axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
             steps = np.unique(np.concatenate([steps for steps, _ in curves]))
             mean = np.mean([np.interp(steps, *each) for each in curves], axis=0)
-            label = args.labels[index] if args.labels else name
             axes.plot(steps, mean, color=colour, linewidth=2, label=f"{label}: mean of {len(curves)} seeds")
-            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
     axes.set(xlabel="transitions", ylabel=args.ylabel, title=args.title)
     axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axes.spines[["top", "right"]].set_visible(False)

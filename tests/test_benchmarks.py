@@ -117,6 +117,19 @@ def test_a_finished_run_is_collected(tmp_path):
     np.testing.assert_array_equal(plot.curve(tmp_path / "seed_4.csv", "eval/return_mean"), [[100, 200], [7, 9]])
 
 
+def test_recorded_seeds_are_not_run_again(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "benchmarks" / "results" / "ppo_cartpole"
+    out.mkdir(parents=True)
+    (out / "summary.csv").write_text("seed,final_return_mean\n3,500.0\n4,500.0\n")
+    (out / "command.json").write_text("what they were run with")
+    assert run_seeds.seeds_to_run([3, 5], out) == [5]
+    monkeypatch.setattr(run_seeds, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run_seeds.py", "ppo_cartpole.py", "--seeds", "3", "4"])
+    run_seeds.main()
+    assert capsys.readouterr().out.endswith(f"{out / 'summary.csv'}: 3 4; to run them, give another --name\n")
+    assert (out / "command.json").read_text() == "what they were run with"
+
+
 def test_a_picture_is_drawn(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "benchmarks" / "results" / "dqn_cartpole", tmp_path / "some")
     monkeypatch.setattr(plot, "RESULTS", tmp_path)
