@@ -369,7 +369,10 @@ def test_the_peers_results_have_the_form_of_ours(algorithm, tmp_path, monkeypatc
         assert 0 < float(row["seconds"]) < 1 and float(row["wall_seconds"]) > 10 * len(steps)
     capsys.readouterr()
     sb3_cartpole.main()
-    assert capsys.readouterr().out == ""  # both have their rows
+    assert (
+        capsys.readouterr().out
+        == f"not run again, they have a row in {out / 'summary.csv'}: 4 5; to run them, give another --name\n"
+    )
 
 
 # --- What a visitor finds ---
