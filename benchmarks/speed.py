@@ -82,8 +82,8 @@ TASKS = {
     ),
     "dqn_atari_4": Task(
         "DQN Breakout, batch 32, one update per 4 transitions",
-        2_400,
-        6_400,
+        10_000,  # after 2,000 gradient steps
+        14_000,
         {"float32": f"dqn_atari.py {ATARI}", "bfloat16": f"dqn_atari.py {ATARI} --precision bfloat16"},
         {"algorithm": "DQN", "env_id": "BreakoutNoFrameskip-v4", "train_freq": 4, "batch_size": 32,
          "buffer_size": 20_000, "learning_starts": 2_000, "target_update_interval": 1_000, "learning_rate": 1e-4},

@@ -32,6 +32,13 @@ def environment() -> dict:
     return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
+@pytest.fixture(autouse=True)
+def denormal_numbers():
+    """Give the next test the numbers that dqn_atari.train takes for zeros."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture
 def python(tmp_path):
     """Run Python with these arguments in tmp_path, with stdin closed."""

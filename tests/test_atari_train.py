@@ -36,6 +36,36 @@ def test_rmsprop_is_the_one_that_the_flags_describe():
     assert weight.item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("end", [None, 0.0, 0.02])
+def test_the_learning_rate_goes_to_its_end_in_a_straight_line(end, tmp_path, monkeypatch):
+    rates, step = [], torch.optim.Adam.step
+
+    def watched(optimizer):
+        rates.append(optimizer.param_groups[0]["lr"])
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    run(tmp_path, learning_rate=0.01, learning_rate_end=end, batch_size=1)
+    steps = np.arange(204, 601, 4) / 600  # a gradient step per 4 transitions after 200, of 600
+    assert rates == pytest.approx(0.01 + steps * (0.0 if end is None else end - 0.01))
+
+
+def test_denormal_numbers_count_as_zeros_while_it_trains(tmp_path, monkeypatch):
+    seen, step = [], torch.optim.Adam.step
+
+    def watched(optimizer):
+        seen.append((torch.tensor([1e-39]) * 1.0).item())
+        step(optimizer)
+
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    torch.set_flush_denormal(False)
+    assert (torch.tensor([1e-39]) * 1.0).item() > 0.0
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    run(tmp_path, total_timesteps=220)
+    assert seen == [0.0] * 5
+
+
 @pytest.mark.parametrize(
     "flag, size",
     [("max_grad_value", lambda g: g.abs().max()), ("max_grad_norm", lambda g: g.norm())],

@@ -19,6 +19,7 @@ from conftest import ROOT, SCRIPTS, load
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bugs
+import denormals
 import differences
 import drawings
 import pictures
@@ -430,3 +431,8 @@ def test_the_pictures_of_the_tour_are_drawn(tmp_path, monkeypatch, capsys):
     shown = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "docs" / "tour.md").read_text())
     assert {path.name for path in tmp_path.iterdir()} == set(shown)
     assert all((ROOT / "docs" / name).exists() for name in shown)
+
+
+def test_denormal_numbers_among_adams_means_are_counted():
+    means = [torch.tensor([0.0, 1e-39, -1e-45]), torch.tensor([[2e-38, -1.0]])]
+    assert denormals.share_of_denormals({i: {"exp_avg": mean} for i, mean in enumerate(means)}) == pytest.approx(0.4)
