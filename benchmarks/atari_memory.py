@@ -49,13 +49,18 @@ def measure(buffer_size: int) -> dict:
     return {**sizes, "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte}
 
 
+def write_row(row: dict, path: Path):
+    """Write a CSV file of one row, and print it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerow(row)
+    print("  ".join(f"{name}: {value}" for name, value in row.items()))
+
+
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     sizes = measure(args.buffer_size)
     row = {"transitions": args.buffer_size, **sizes, "everything_else": sizes["process"] - sizes["memory"]}
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    with open(Path(args.out, "atari_memory.csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        writer.writeheader()
-        writer.writerow(row)
-    print("  ".join(f"{name}: {value:,}" for name, value in row.items()))
+    write_row(row, Path(args.out, "atari_memory.csv"))

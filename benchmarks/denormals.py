@@ -13,7 +13,6 @@ benchmarks/results/denormals/denormals.csv.
 """
 
 import copy
-import csv
 import statistics
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from atari_memory import write_row
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "denormals"
@@ -91,10 +91,4 @@ def measure(args: Args) -> dict:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    row = measure(args)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    with open(Path(args.out, "denormals.csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        writer.writeheader()
-        writer.writerow(row)
-    print("  ".join(f"{name}: {value}" for name, value in row.items()))
+    write_row(measure(args), Path(args.out, "denormals.csv"))
