@@ -2,7 +2,7 @@
 
 python benchmarks/table.py dqn_cartpole                                     # a row per seed
 python benchmarks/table.py dqn_cartpole dqn_vecenv ppo_cartpole             # a row per set of runs
-python benchmarks/table.py --settings dqn_lstm_cartpole_100k                # a row per NAME_*, which differ by flags
+python benchmarks/table.py --settings dqn_lstm_cartpole_set                 # a row per NAME_*, which differ by flags
 """
 
 import csv

@@ -38,7 +38,7 @@ OTHERS = ["dqn_vecenv_dummy", "dqn_vecenv_envpool", "dqn_lstm_cartpole_memory_no
 TABLES = {
     "seeds": lambda: table.table("dqn_cartpole"),
     **{name: partial(table.row_of, name) for name in OF_TEN_SEEDS + OTHERS},
-    "settings": lambda: table.settings("dqn_lstm_cartpole_100k"),
+    "settings": lambda: table.settings("dqn_lstm_cartpole_set"),
     "costs": vec_env_cost.table,
     "ratios": speed.table,
     "differences": differences.table,
