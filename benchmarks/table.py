@@ -49,7 +49,10 @@ def row_of(name: str) -> str:
 def settings(name: str) -> str:
     """Return a Markdown table of the sets of runs whose names start with this: flags, and each seed's final return."""
     lines = ["| flags | final network, each seed | mean |", "|---|---:|---:|"]
-    for folder in sorted(RESULTS.glob(f"{name}*")):
+    folders = sorted(RESULTS.glob(f"{name}*"))
+    if not folders:
+        raise SystemExit(f"table: no {RESULTS / name}*; make it with run_seeds.py --name {name}_...")
+    for folder in folders:
         with open(folder / "summary.csv") as file:
             rows = sorted(csv.DictReader(file), key=lambda row: int(row["seed"]))
         flags = json.loads((folder / "command.json").read_text())["command"].partition("--seed N")[2].strip()
