@@ -48,18 +48,17 @@ evaluations of four seeds fall below 475, the lowest to 286; the very last one i
 Four networks: the online one acts and is trained; the target network values what comes next; what is evaluated is the
 average of the online one's weights over the last thousand gradient steps or so; and best.pt is the average that was
 evaluated best. The average is there because a good policy is a small difference between large Q-values, and every
-gradient step moves both. It can matter to the end, though the learning rate is near 0 by then: played greedily, the
-last online network of one of the ten seeds let the pole fall much earlier than its average did. --average-steps 1
-evaluates the online network.
+gradient step moves both. It can matter to the end, though the learning rate is near 0 by then: a last online network,
+played greedily, was seen to let the pole fall much earlier than its average. --average-steps 1 evaluates the online
+network.
 
 What was seen to matter in rough trials, so take it as leads: that average, and a learning rate that is not too high;
 layer normalisation in the head, and targets of several rewards; without them the curve rises and falls more. Small
 units for the positions, and forget gates that start open, or the LSTM learns the velocities slowly. Clipping the
-gradient. And sequences that are long enough: with sequences of 8 the pole stood while the cart drifted out of the
-track; often with a memory of 200,000 transitions, seldom but badly with one of 50,000, where the stored states are less
-old. One such network fell after 200 steps, but stood for 500 where its state was built anew at each step, from zeros,
-out of the last 12 observations. What it had gathered over hundreds of steps led it astray: some cells of its LSTM (c,
-which can grow by 1 a step) had reached 100, and no sequence of a few steps had punished that.
+gradient. And sequences that are long enough: with short ones the pole stood while the cart drifted out of the track.
+One such network stood to the end where its state was built anew at each step, from zeros, out of the last few
+observations: what it had gathered over a whole episode led it astray, in cells of the LSTM (c, which can grow by 1 a
+step) that no short sequence had held back.
 
 What is fed to which network. An episode of 5 steps is in the memory: observations o0 to o5, actions a0 to a4, and the
 pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient step may read this sequence:

@@ -62,6 +62,11 @@ def test_both_readmes_show_the_same_commands_and_pictures():
     assert commands[0] == commands[1] and shown[0] == shown[1]
 
 
+def test_a_table_of_nothing_is_refused():
+    with pytest.raises(SystemExit, match=r"table: no .*no_such_runs"):
+        table.settings("no_such_runs")
+
+
 def test_a_rate_is_a_rate():
     rate = vec_env_cost.transitions_per_second("slow_envs:Wait1ms-v0", "dummy", 2, seconds=0.3)
     assert 50 < rate < 1_000  # a step of one environment waits for 1 ms and a bit, more where others compute
