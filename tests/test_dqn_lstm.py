@@ -548,9 +548,12 @@ def test_n_step_targets_by_hand(n_step):
 class HistoryCounter(lstm.QNetwork):
     """A network whose state and Q-values count the observations read since the state was zero."""
 
+    def read(self, obs, state):
+        return state[0, 0, :, :1] + torch.arange(1, len(obs) + 1).reshape(-1, 1, 1), state + len(obs)  # (T, B, 1)
+
     def forward(self, obs, state):
-        count = state[0, 0, :, :1] + torch.arange(1, len(obs) + 1).reshape(-1, 1, 1)  # (T, B, 1)
-        return count.expand(-1, -1, 5) + 0 * self.head[0].weight.sum(), state + len(obs)
+        count, state = self.read(obs, state)
+        return count.expand(-1, -1, 5) + 0 * self.head[0].weight.sum(), state
 
 
 @pytest.mark.parametrize("burn_in", [0, 2])
