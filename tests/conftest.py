@@ -20,6 +20,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a screen
 os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
 torch.set_num_threads(1)
+# Where CI is set pytest writes out the whole difference of two values: of two memories of frames that takes it minutes.
+for name in ("CI", "BUILD_NUMBER"):
+    os.environ.pop(name, None)
 
 
 def load(path: Path):
