@@ -425,8 +425,8 @@ class QNetwork(nn.Module):
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         # The only place where pixels are scaled. In place: a second array of 3.6 MB, whose pages the operating system
-        # hands out anew each time, costs more than the division.
-        pixels = obs.to(self.precision).div_(255.0)
+        # hands out anew each time, costs more than the division. copy: float pixels would be the caller's own array.
+        pixels = obs.to(self.precision, copy=True).div_(255.0)
         with torch.autocast(obs.device.type, self.precision, enabled=self.precision != torch.float32):
             features = self.layers(pixels)
         # The head stays in float32: the 8 significant bits of bfloat16 cannot tell one action's Q-value from another's.
