@@ -51,7 +51,6 @@ class Bug:
 DQN, VECENV, ATARI, RECURRENT, PPO = (
     f"{name}.py" for name in ("dqn_cartpole", "dqn_vecenv", "dqn_atari", "dqn_lstm_cartpole", "ppo_cartpole")
 )
-SHORT = "--total-timesteps 30000"  # of the recurrent one, without the velocities
 # Reward 1 for ever, in episodes of 5 steps that only the clock ends: the value of its only state is 1 / (1 - 0.9) = 10.
 CONSTANT = "--env-id toy_envs:Constant-v0 --gamma 0.9 --total-timesteps 30000"
 # A reward of -1 for each of the steps to the end of a corridor, in episodes of 5 steps.
@@ -153,23 +152,23 @@ BUGS = [
     Bug("state-not-reset", RECURRENT,
         "test_dqn_lstm.py::test_each_environment_has_its_own_state_that_begins_with_the_episode",
         "the hidden state carried into the next episode",
-        "self.state[:, :, which] = 0.0", "pass", SHORT),
+        "self.state[:, :, which] = 0.0", "pass"),
     Bug("state-one-step-late", RECURRENT,
         "test_dqn_lstm.py::test_both_networks_know_the_episode_up_to_the_step_that_they_judge[2]",
         "the state after an observation stored as the one before it",
-        "states = episodes.state.permute", "states = next_state.permute", SHORT),
+        "states = episodes.state.permute", "states = next_state.permute"),
     Bug("target-of-next-obs", RECURRENT,
         "test_dqn_lstm.py::test_both_networks_know_the_episode_up_to_the_step_that_they_judge[2]",
         "the target network fed next_obs alone, from a zero state: it does not know what led there",
         "next_q_values = unroll(target_network, batch, args.burn_in)[1:]",
-        "next_q_values = target_network(batch.obs[args.burn_in + 1 :], 0 * batch.state)[0]", SHORT),
+        "next_q_values = target_network(batch.obs[args.burn_in + 1 :], 0 * batch.state)[0]"),
     Bug("sequences-cross-resets", RECURRENT,
         "test_dqn_lstm.py::test_a_sequence_is_a_stretch_of_one_episode[0.15-60-150-4-0]",
         "sequences cut from the memory with no look at where episodes end",
-        "learn = (steps == steps[0] + t[burn_in:]) & (", "learn = (", SHORT),
+        "learn = (steps == steps[0] + t[burn_in:]) & (", "learn = ("),
     Bug("gradient-in-burn-in", RECURRENT, "test_dqn_lstm.py::test_no_gradient_from_burn_in_and_padding",
         "a gradient through the burn-in",
-        "with torch.no_grad():\n            _, after =", "if True:\n            _, after =", SHORT),
+        "with torch.no_grad():\n            _, after =", "if True:\n            _, after ="),
     # --- PPO ---
     Bug("gae-crosses-episodes", PPO, "test_ppo.py::test_gae_equals_the_sums_of_its_definition[0.9-0.8-0.2]",
         "advantages without the mask: an episode earns what the next one does",
