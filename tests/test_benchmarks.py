@@ -34,7 +34,10 @@ README = (ROOT / "README.md").read_text()
 READMES = [README, (ROOT / "README.zh-CN.md").read_text()]
 RESULTS = sorted(path.parent.name for path in (ROOT / "benchmarks" / "results").glob("*/summary.csv"))
 OF_TEN_SEEDS = ["dqn_cartpole", "dqn_vecenv", "ppo_cartpole", "dqn_lstm_cartpole"]
-OTHERS = ["dqn_vecenv_dummy", "dqn_vecenv_envpool", "dqn_lstm_cartpole_memory_none", "dqn_lstm_cartpole_hide_none"]
+OTHERS = [
+    *("dqn_vecenv_dummy", "dqn_vecenv_envpool", "dqn_lstm_cartpole_memory_none", "dqn_lstm_cartpole_hide_none"),
+    *("dqn_lstm_cartpole_hide_none_eps_1e-3", "dqn_lstm_cartpole_eps_1e-3"),
+]
 TABLES = {
     "seeds": lambda: table.table("dqn_cartpole"),
     **{name: partial(table.row_of, name) for name in OF_TEN_SEEDS + OTHERS},
