@@ -44,8 +44,8 @@ Loss and Q are logged every 500 gradient steps: those of 21,000, 101,000 and 191
 
 With --hide none, seeds 1 to 10: 500.0 on eight of ten, 492.1 and 499.4 on the others. In the last fifth the
 evaluations of four seeds fall below 475, the lowest to 286; the very last one is 500 for all. With --hide none
---optimizer-eps 1e-3 they end at 500.0 on ten of ten, and one falls there, to 326. With the velocities hidden that
-flag makes seven of eight seeds steadier and lets one slide to 276.
+--optimizer-eps 1e-3 all ten end at 500.0, and one falls below 475 there, to 326. With the velocities hidden, seeds 1
+to 8, that flag holds seven at 497 or more in the last fifth and lets one slide to 276.
 
 Four networks: the online one acts and is trained; the target network values what comes next; what is evaluated is the
 average of the online one's weights over the last thousand gradient steps or so; and best.pt is the average that was

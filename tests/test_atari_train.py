@@ -118,6 +118,12 @@ def test_pixels_are_divided_by_255_once():
     assert seen[0].min() == seen[0].max() == 1.0
 
 
+def test_pixels_given_as_floats_stay_the_callers():
+    pixels = torch.full((1, 4, 84, 84), 255.0)
+    networks()[0](pixels)
+    assert (pixels == 255.0).all()
+
+
 @pytest.mark.parametrize(
     "network, filters, parameters",
     [("nature", [(32, 8, 4), (64, 4, 2), (64, 3, 1)], 1_686_180), ("nips", [(16, 8, 4), (32, 4, 2)], 677_172)],
