@@ -100,6 +100,30 @@ def networks():
     return plain, half
 
 
+@pytest.mark.parametrize("network, layers", [("nature", 4), ("nips", 3)])
+def test_initial_weights(network, layers):
+    env = make_env(Args(**SHORT))
+    for init in ("torch", "he"):
+        torch.manual_seed(0)
+        q_network = QNetwork(env.observation_space, env.action_space, Args(**SHORT, network=network, init=init))
+        hidden = [layer for layer in q_network.layers if hasattr(layer, "weight")]
+        assert len(hidden) == layers
+        for layer in hidden:
+            variance = (2 if init == "he" else 1 / 3) / layer.weight[0].numel()
+            assert layer.weight.var().item() == pytest.approx(variance, rel=0.05)
+            assert (layer.bias.abs().max() == 0.0) == (init == "he")
+
+
+def test_screens_stay_as_different_from_each_other_as_they_are_only_with_hes_weights():
+    env, kept = make_env(Args(**SHORT)), {}
+    pixels = torch.randint(0, 256, (64, 4, 84, 84), dtype=torch.uint8) / 255
+    for init in ("torch", "he"):
+        torch.manual_seed(0)
+        q_network = QNetwork(env.observation_space, env.action_space, Args(**SHORT, init=init))
+        kept[init] = (q_network.layers(pixels).var(dim=0).mean() / pixels.var(dim=0).mean()).item()
+    assert 0.1 < kept["he"] < 10 and kept["torch"] < 0.01 * kept["he"]
+
+
 def test_bfloat16_rounds_and_does_no_more():
     plain, half = networks()
     obs = torch.randint(0, 256, (64, 4, 84, 84), dtype=torch.uint8)

@@ -609,6 +609,19 @@ def evaluations_of(run_dir):
     return [step for step, metric, _ in rows_of_progress(run_dir) if metric == "eval/return_mean"]
 
 
+def test_tensorboard_gets_a_thousand_points_of_a_curve_and_progress_csv_gets_all(tmp_path):
+    run_dir = tmp_path / "run"
+    changes = {"env_id": "toy_envs:Constant-v0", "time_limit": 1, "total_timesteps": 4_000, "learning_starts": 3_990}
+    dqn.train(dqn.Args(**{**SHORT, **changes}, run_dir=str(run_dir)))
+    written = [(step, value) for step, metric, value in rows_of_progress(run_dir) if metric == "train/episode_return"]
+    assert len(written) == 4_000  # every step of every environment ends an episode
+    shown = [
+        (event.step, event.value) for event in EventAccumulator(str(run_dir)).Reload().Scalars("train/episode_return")
+    ]
+    assert shown[0] == written[0] and set(shown) <= set(written)
+    assert np.diff([step for step, _ in shown]).min() == 4 and 900 < len(shown) <= 1_000
+
+
 def test_a_film_that_cannot_be_made_is_refused_before_the_training(cli, tmp_path):
     status, _, err = cli(*flags({**SHORT, "env_id": "toy_envs:Constant-v0", "time_limit": 5}), "--video")
     assert status == 2
