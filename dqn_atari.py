@@ -361,7 +361,8 @@ def make_envs(args: Args):
     """Return num_envs environments behind SB3's VecEnv: obs (num_envs, *obs_shape), rewards and dones (num_envs,).
 
     A VecEnv resets an environment inside the step that ends its episode, and returns the first observation of the next
-    one. The last observation of the ended episode is in infos[i]["terminal_observation"].
+    one. The last observation of the ended episode is in infos[i]["terminal_observation"]. At every step
+    infos[i]["TimeLimit.truncated"] says whether the episode was cut off there, by whatever limit, without terminating.
     """
     render_modes = ["human" if args.render and i == 0 else None for i in range(args.num_envs)]
     if args.vec_env == "dummy":
@@ -424,9 +425,8 @@ class QNetwork(nn.Module):
         self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)
         self.head = nn.Linear(layers[-2].out_features, action_space.n)
         if args.init == "he":
-            # PyTorch's weights, uniform in +-1/sqrt(fan_in) as in DeepMind's code, have a variance of 1 / (3 fan_in):
-            # of the variance between two screens each layer, with its ReLU, leaves a sixth. 2 / fan_in keeps it (He et
-            # al., ICCV 2015), so that a ball of a few pixels reaches the head, and gradients reach the filters.
+            # Of the variance between two screens each layer of PyTorch's weights, with its ReLU, leaves a sixth. He's keep
+            # it (He et al., ICCV 2015): a ball of a few pixels reaches the head, and its gradients the filters.
             for layer in layers:
                 if isinstance(layer, nn.Conv2d | nn.Linear):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

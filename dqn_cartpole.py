@@ -20,7 +20,7 @@ A network learns Q(s, a), the discounted sum of rewards to expect after action a
 plus gamma times its own estimate for the best next action. Learning from one's own estimates is unstable, and two
 things help: transitions are drawn at random from a replay memory, and the estimates come from a target network that
 trails behind. A transition is one step of one environment: observation, action, reward, next observation, and whether
-the episode ended. Mnih et al., "Human-level control through deep reinforcement learning", Nature 518 (2015).
+the episode terminated. Mnih et al., "Human-level control through deep reinforcement learning", Nature 518 (2015).
 
     python dqn_cartpole.py
     python dqn_cartpole.py --seed 2 --video                      # and a film of the best network
@@ -196,7 +196,8 @@ def make_envs(args: Args):
     """Return num_envs environments behind SB3's VecEnv: obs (num_envs, *obs_shape), rewards and dones (num_envs,).
 
     A VecEnv resets an environment inside the step that ends its episode, and returns the first observation of the next
-    one. The last observation of the ended episode is in infos[i]["terminal_observation"].
+    one. The last observation of the ended episode is in infos[i]["terminal_observation"]. At every step
+    infos[i]["TimeLimit.truncated"] says whether the episode was cut off there, by whatever limit, without terminating.
     """
     render_modes = ["human" if args.render and i == 0 else None for i in range(args.num_envs)]
     if args.vec_env == "dummy":
@@ -232,13 +233,13 @@ class QNetwork(nn.Module):
 
 
 class Batch(NamedTuple):
-    """B transitions: what the agent saw, did and got, what it saw next, and whether the episode ended there."""
+    """B transitions: what the agent saw, did and got, what it saw next, and whether the episode terminated there."""
 
     obs: torch.Tensor  # (B, obs_dim)
     actions: torch.Tensor  # (B,)
     rewards: torch.Tensor  # (B,)
     next_obs: torch.Tensor  # (B, obs_dim)
-    terminated: torch.Tensor  # (B,), 1.0 or 0.0
+    terminated: torch.Tensor  # (B,), 1.0 or 0.0; 0.0 also where time ran out
 
 
 class ReplayMemory:

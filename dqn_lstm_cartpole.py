@@ -308,7 +308,8 @@ def make_envs(args: Args):
     """Return num_envs environments behind SB3's VecEnv: obs (num_envs, *obs_shape), rewards and dones (num_envs,).
 
     A VecEnv resets an environment inside the step that ends its episode, and returns the first observation of the next
-    one. The last observation of the ended episode is in infos[i]["terminal_observation"].
+    one. The last observation of the ended episode is in infos[i]["terminal_observation"]. At every step
+    infos[i]["TimeLimit.truncated"] says whether the episode was cut off there, by whatever limit, without terminating.
     """
     render_modes = ["human" if args.render and i == 0 else None for i in range(args.num_envs)]
     if args.vec_env == "dummy":
