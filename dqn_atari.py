@@ -425,8 +425,8 @@ class QNetwork(nn.Module):
         self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)
         self.head = nn.Linear(layers[-2].out_features, action_space.n)
         if args.init == "he":
-            # Of the variance between two screens each layer of PyTorch's weights, with its ReLU, leaves a sixth. He's keep
-            # it (He et al., ICCV 2015): a ball of a few pixels reaches the head, and its gradients the filters.
+            # Of the variance between two screens each layer of PyTorch's weights, with its ReLU, leaves a sixth. He's
+            # keep it (He et al., ICCV 2015): a ball of a few pixels reaches the head, and its gradients the filters.
             for layer in layers:
                 if isinstance(layer, nn.Conv2d | nn.Linear):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -1050,8 +1050,8 @@ class Run:
     def write(self, global_step: int, metrics: dict):
         """Report numbers to progress.csv and, up to 1,000 of each metric, to TensorBoard (and through it to a tracker).
 
-        More points of a curve are not shown, and each costs 0.1 ms: a thread of TensorBoard's encodes it in pure Python
-        and holds Python's lock meanwhile. Where episodes are short, writing all of them took a sixth of a run's time.
+        A point costs 0.1 ms there: a thread encodes it in pure Python, and holds Python's lock meanwhile. Where episodes
+        are short, all of them took a sixth of a run's time.
         """
         self.latest.update(metrics)
         for name, value in metrics.items():
