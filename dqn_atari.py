@@ -1050,7 +1050,7 @@ class Run:
     def write(self, global_step: int, metrics: dict):
         """Report numbers to progress.csv and, up to 1,000 of each metric, to TensorBoard (and through it to a tracker).
 
-        A point costs 0.1 ms there: a thread encodes it in pure Python, and holds Python's lock meanwhile. Where episodes
+        A point costs 0.1 ms there: a thread encodes it in pure Python and holds Python's lock meanwhile. Where episodes
         are short, all of them took a sixth of a run's time.
         """
         self.latest.update(metrics)

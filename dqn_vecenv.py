@@ -232,9 +232,7 @@ def check_envpool(args: Args):
 
 
 class EnvPoolVecEnv:
-    """EnvPool's environments behind what the loop uses of SB3's VecEnv, and with its meaning of a reset.
-
-    They are for training only: evaluations play Gymnasium's.
+    """EnvPool's environments, for training (evaluations play Gymnasium's), behind what the loop uses of SB3's VecEnv.
 
     EnvPool resets an environment in the step after the one that ended its episode: that step ignores its action and
     gives reward 0. Stored, it would be a transition that never happened. Here the ended ones are reset inside the step
@@ -811,7 +809,7 @@ class Run:
     def write(self, global_step: int, metrics: dict):
         """Report numbers to progress.csv and, up to 1,000 of each metric, to TensorBoard (and through it to a tracker).
 
-        A point costs 0.1 ms there: a thread encodes it in pure Python, and holds Python's lock meanwhile. Where episodes
+        A point costs 0.1 ms there: a thread encodes it in pure Python and holds Python's lock meanwhile. Where episodes
         are short, all of them took a sixth of a run's time.
         """
         self.latest.update(metrics)
