@@ -35,6 +35,10 @@ CLEANRL_PPO = (
     "--num-envs 4 --num-steps 128 --update-epochs 4 --num-minibatches 4 --gamma 0.99 --gae-lambda 0.95 "
     "--learning-rate 2.5e-4 --entropy-coef 0.01 --value-coef 0.5 --clip-value-loss --no-anneal-clip"
 )
+VECENV = (
+    "dqn_vecenv.py --num-envs 4 --train-frequency 16 --target-frequency 10000 --tau 1 --batch-size 32 "
+    "--buffer-size 1000000 --learning-starts 100 --learning-rate 1e-4 --loss huber --max-grad-norm 10"
+)
 EXAMPLE = ATARI.replace("20000", "10000") + " --train-frequency 16 --num-envs 4 --epsilon-end 0.05"
 
 
@@ -67,8 +71,7 @@ TASKS = {
         "DQN CartPole, 4 environments in SubprocVecEnv, batch 32, one update per 16 transitions",
         10_000,
         50_000,
-        {"float32": "dqn_vecenv.py --num-envs 4 --train-frequency 16 --target-frequency 10000 --tau 1 --batch-size 32 "
-         "--buffer-size 1000000 --learning-starts 100 --learning-rate 1e-4 --loss huber --max-grad-norm 10"},
+        {"float32": VECENV, "float32, --vec-env dummy": f"{VECENV} --vec-env dummy"},
         {"algorithm": "DQN", "env_id": "CartPole-v1", "n_envs": 4, "vec_env": "subproc"},
     ),
     "ppo_cartpole": Task(

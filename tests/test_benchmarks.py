@@ -36,7 +36,8 @@ RESULTS = sorted(path.parent.name for path in (ROOT / "benchmarks" / "results").
 OF_TEN_SEEDS = ["dqn_cartpole", "dqn_vecenv", "ppo_cartpole", "dqn_lstm_cartpole"]
 OTHERS = [
     *("dqn_vecenv_dummy", "dqn_vecenv_envpool", "dqn_lstm_cartpole_memory_none", "dqn_lstm_cartpole_hide_none"),
-    *("dqn_lstm_cartpole_hide_none_eps_1e-3", "dqn_lstm_cartpole_eps_1e-3"),
+    *("dqn_lstm_cartpole_hide_none_11_16", "dqn_lstm_cartpole_hide_none_eps_1e-4"),
+    *("dqn_lstm_cartpole_hide_none_eps_1e-5", "dqn_lstm_cartpole_eps_1e-4", "dqn_lstm_cartpole_eps_1e-3"),
 ]
 TABLES = {
     "seeds": lambda: table.table("dqn_cartpole"),

@@ -458,6 +458,27 @@ def test_what_is_kept_is_the_average_of_the_online_network(average_steps, tmp_pa
     assert torch.equal(kept, online[-1]) == (average_steps == 1)
 
 
+@pytest.mark.parametrize(
+    "flags, eps",
+    [
+        ({}, 1e-5),
+        ({"hide": "none"}, 1e-3),
+        ({"optimizer_eps": 0.5}, 0.5),
+        ({"hide": "none", "optimizer_eps": 0.5}, 0.5),
+    ],
+)
+def test_adam_gets_the_epsilon_of_the_task_or_the_given_one(flags, eps, tmp_path, monkeypatch):
+    seen, step = set(), torch.optim.Adam.step
+
+    def watched(optimizer):
+        seen.add(optimizer.param_groups[0]["eps"])
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    lstm.train(options(tmp_path / "run", **{**SHORT, **flags}))
+    assert seen == {eps}
+
+
 def test_weight_decay_shrinks_the_weights(tmp_path):
     plain, decayed = (
         parameters_after(options(tmp_path / str(decay), **SHORT, weight_decay=decay)) for decay in (0.0, 1.0)
