@@ -83,11 +83,11 @@ maximum of the last two, one life per episode, rewards -1, 0, 1, a gradient step
 (Huber loss). No double or dueling networks, no prioritised replay; n-step returns (Hessel et al., "Rainbow", AAAI 2018)
 only where --n-step asks for them.
 
-Differences from dqn_cartpole.py, by section. Environment: AtariGame, push_frames. Network: convolutions, bfloat16.
-Replay memory: frames, n-step returns. Equations: make_optimizer. Training: stacks of frames; a learning rate that stays
-unless --learning-rate-end is given; clipping by value; refilling the memory after a resume. Evaluation: whole games,
-raw score, at --eval-epsilon. On a CPU the same seed gives the same parameters; a resumed run does not, since its games
-begin anew.
+Differences from dqn_cartpole.py, by section. Environment: AtariGame, push_frames. Network: convolutions, bfloat16, a
+choice of first weights. Replay memory: frames, n-step returns. Equations: make_optimizer. Training: stacks of frames; a
+learning rate that stays unless --learning-rate-end is given; clipping by value; refilling the memory after a resume.
+Evaluation: whole games, raw score, at --eval-epsilon. On a CPU the same seed gives the same parameters; a resumed run
+does not, since its games begin anew.
 """
 
 import argparse
@@ -426,7 +426,7 @@ class QNetwork(nn.Module):
         self.head = nn.Linear(layers[-2].out_features, action_space.n)
         if args.init == "he":
             # Of the variance between two screens each layer of PyTorch's weights, with its ReLU, leaves a sixth. He's
-            # keep it (He et al., ICCV 2015): a ball of a few pixels reaches the head, and its gradients the filters.
+            # keep it (He et al., ICCV 2015): a ball of a few pixels reaches the head, which has no ReLU and stays.
             for layer in layers:
                 if isinstance(layer, nn.Conv2d | nn.Linear):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -1048,10 +1048,10 @@ class Run:
         return self.record["seconds"] + time.perf_counter() - self.started - self.paused
 
     def write(self, global_step: int, metrics: dict):
-        """Report numbers to progress.csv and, up to 1,000 of each metric, to TensorBoard (and through it to a tracker).
+        """Report numbers to progress.csv and, about 1,000 of each metric, to TensorBoard (and so to a tracker).
 
-        A point costs 0.1 ms there: a thread encodes it in pure Python and holds Python's lock meanwhile. Where episodes
-        are short, all of them took a sixth of a run's time.
+        A point there is not cheap: a thread encodes it in pure Python and holds Python's lock meanwhile. Where episodes
+        are short, and so many, a small network's training would feel it.
         """
         self.latest.update(metrics)
         for name, value in metrics.items():

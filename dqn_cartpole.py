@@ -733,10 +733,10 @@ class Run:
         return self.record["seconds"] + time.perf_counter() - self.started - self.paused
 
     def write(self, global_step: int, metrics: dict):
-        """Report numbers to progress.csv and, up to 1,000 of each metric, to TensorBoard (and through it to a tracker).
+        """Report numbers to progress.csv and, about 1,000 of each metric, to TensorBoard (and so to a tracker).
 
-        A point costs 0.1 ms there: a thread encodes it in pure Python and holds Python's lock meanwhile. Where episodes
-        are short, all of them took a sixth of a run's time.
+        A point there is not cheap: a thread encodes it in pure Python and holds Python's lock meanwhile. Where episodes
+        are short, and so many, a small network's training would feel it.
         """
         self.latest.update(metrics)
         for name, value in metrics.items():

@@ -43,9 +43,9 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %     (median of ten seeds
 Loss and Q are logged every 500 gradient steps: those of 21,000, 101,000 and 191,000 transitions.
 
 With --hide none, seeds 1 to 10: 500.0 on ten of ten; in the last fifth the evaluations of one fall to 326, and come
-back. Seeds 11 to 16: 500.0 on four, 496.8 and 493.0 on the others. Adam's epsilon decides much, and differs: 1e-3 here,
-1e-5 with the velocities hidden. With 1e-5 here eight of ten end at 500.0, and four fall below 475 in the last fifth;
-with 1e-3 there seven of eight seeds stay at 497 or more in the last fifth, and one slides to 276.
+back. Seeds 11 to 16: 500.0 on four, 496.8 and 493.0 on the others. Adam's epsilon differs: 1e-3 here, chosen on seeds
+1, 3, 7 and 9, and 1e-5 with the velocities hidden. With 1e-5 here eight of ten end at 500.0, and four fall below 475 in
+the last fifth; with 1e-3 there seven of eight seeds stay at 497 or more, and one slides to 276.
 
 Four networks: the online one acts and is trained; the target network values what comes next; what is evaluated is the
 average of the online one's weights over the last thousand gradient steps or so; and best.pt is the average that was
@@ -193,7 +193,7 @@ class Args:
     # optimisation
     learning_rate: float = 2e-3  # step size of Adam at the start
     learning_rate_end: float = 0.0  # step size at the end; it falls linearly over total_timesteps
-    optimizer_eps: float | None = None  # added to what Adam divides by (default: 1e-5, or 1e-3 with --hide none)
+    optimizer_eps: float | None = None  # added to what Adam divides by (default: 1e-5; 1e-3 with --hide none)
     loss: Literal["mse", "huber"] = "mse"  # loss of the TD error: its square, or linear beyond 1
     weight_decay: float = 0.0  # this times a weight is added to its gradient
     max_grad_norm: float = 10.0  # largest global norm of the gradient; 0: not clipped
@@ -960,10 +960,10 @@ class Run:
         return self.record["seconds"] + time.perf_counter() - self.started - self.paused
 
     def write(self, global_step: int, metrics: dict):
-        """Report numbers to progress.csv and, up to 1,000 of each metric, to TensorBoard (and through it to a tracker).
+        """Report numbers to progress.csv and, about 1,000 of each metric, to TensorBoard (and so to a tracker).
 
-        A point costs 0.1 ms there: a thread encodes it in pure Python and holds Python's lock meanwhile. Where episodes
-        are short, all of them took a sixth of a run's time.
+        A point there is not cheap: a thread encodes it in pure Python and holds Python's lock meanwhile. Where episodes
+        are short, and so many, a small network's training would feel it.
         """
         self.latest.update(metrics)
         for name, value in metrics.items():
