@@ -648,6 +648,8 @@ class Run:
 
     def __enter__(self):
         args, step = self.args, self.counts["global_step"]
+        # Before the directory is there: a signal from now on waits for the first tick, and leaves a whole checkpoint.
+        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
             (self.dir / "result.json").unlink(missing_ok=True)  # of before the resume
@@ -676,7 +678,6 @@ class Run:
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", disable=None)  # None: terminals only
         parameters = sum(p.numel() for p in self.network.parameters())
         self.say(f"{args.env_id}, seed {args.seed}, {parameters:,} parameters; writing {self.dir}")
-        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         self.started = time.perf_counter()
         return self
 

@@ -193,7 +193,7 @@ class Args:
     # optimisation
     learning_rate: float = 2e-3  # step size of Adam at the start
     learning_rate_end: float = 0.0  # step size at the end; it falls linearly over total_timesteps
-    optimizer_eps: float | None = None  # added to what Adam divides by (default: 1e-5; 1e-3 with --hide none)
+    optimizer_eps: float | None = None  # added to what Adam divides by; None: 1e-5, or 1e-3 with --hide none
     loss: Literal["mse", "huber"] = "mse"  # loss of the TD error: its square, or linear beyond 1
     weight_decay: float = 0.0  # this times a weight is added to its gradient
     max_grad_norm: float = 10.0  # largest global norm of the gradient; 0: not clipped
@@ -875,6 +875,8 @@ class Run:
 
     def __enter__(self):
         args, step = self.args, self.counts["global_step"]
+        # Before the directory is there: a signal from now on waits for the first tick, and leaves a whole checkpoint.
+        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
             (self.dir / "result.json").unlink(missing_ok=True)  # of before the resume
@@ -903,7 +905,6 @@ class Run:
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", disable=None)  # None: terminals only
         parameters = sum(p.numel() for p in self.network.parameters())
         self.say(f"{args.env_id}, seed {args.seed}, {parameters:,} parameters; writing {self.dir}")
-        self.handlers = {s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         self.started = time.perf_counter()
         return self
 

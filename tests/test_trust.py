@@ -10,6 +10,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,32 @@ def test_a_kill_while_a_resumed_run_begins_loses_no_curve(python, tmp_path):
     assert python("-c", DIE_EARLY, ROOT, json.dumps(args)).returncode == 9
     assert (tmp_path / "run" / "progress.csv").read_text() == before
     assert json.loads((tmp_path / "run" / "args.json").read_text())["total_timesteps"] == 5_000
+
+
+SIGNALLED_EARLY = """
+import json, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import dqn_cartpole
+
+write, sent = dqn_cartpole.write_atomically, []
+
+def written(*arguments):
+    write(*arguments)
+    if not sent:
+        sent.append(os.kill(os.getpid(), int(sys.argv[3])))
+
+dqn_cartpole.write_atomically = written
+dqn_cartpole.train(dqn_cartpole.Args(**json.loads(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_run_directory_is_made_leaves_one_that_can_be_resumed(number, tmp_path, python):
+    flags = json.dumps(options("dqn_cartpole", run_dir=str(tmp_path / "run")))
+    done = python("-c", SIGNALLED_EARLY, ROOT, flags, int(number))
+    assert done.returncode == 128 + number and "to go on" in done.stderr, done.stderr
+    done = python(ROOT / "dqn_cartpole.py", "--resume", tmp_path / "run")
+    assert done.returncode == 0 and (tmp_path / "run" / "result.json").exists(), done.stderr
 
 
 @pytest.mark.parametrize("vec_env", ["dummy", "subproc"])
