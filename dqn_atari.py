@@ -56,9 +56,10 @@ Pong in 25 minutes, with other weights to begin with and a learning rate that fa
 
 One run, seed 1: evaluations of -16.2 at 100,000 transitions, -7.4 at 200,000, 19.0 at 300,000 after 16 minutes of
 training. At 429,000 and 23 minutes the mean of the last 100 training games reaches 18, which ends it. The final network
-wins all of 30 games, by 19.0 points on average (standard deviation 1.0), the best one by 20.1. With PyTorch's first
-weights a run scored -19.6 at 200,000 transitions and 15.0 at 800,000. Be patient: mean Q(s, a) falls to -1.1 at 80,000,
-then rises, and the score with it; the loss tells little.
+wins all of 30 games, by 19.0 points on average (standard deviation 1.0), the best one by 20.1. Seed 2 is slower:
+-11.8 at 200,000 transitions, 5.8 at 350,000, stopped soon after. With PyTorch's first weights seed 1 scored -19.6 at
+200,000 and 15.0 at 800,000. Be patient: mean Q(s, a) falls to -1.1 at 80,000, then rises, and the score with it; the
+loss tells little.
 Why this --optimizer-eps: while hardly anything is rewarded the gradients are tiny, Adam divides them by their own size,
 and takes full steps in arbitrary directions, which can leave ReLUs dead. With 1e-8, PyTorch's weights, the network of
 2015 and other schedules a run learned nothing in 700,000 transitions.
