@@ -47,19 +47,19 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %     of that Breakout run
     loss                 0.003      0.027      0.018        (medians of the 50,000 transitions before; with spikes)
     mean Q(s, a)         0.25       1.6        2.5          (the same)
 
-Pong in 25 minutes, with other weights to begin with and a learning rate that falls; it ends by itself:
+Pong, with other weights to begin with and a learning rate that falls; it ends by itself at 18:
 
     python dqn_atari.py --env-id PongNoFrameskip-v4 --network nips --init he --n-step 4 --total-timesteps 900000 \
         --train-frequency 4 --target-frequency 2000 --learning-starts 10000 --buffer-size 100000 \
         --exploration-steps 100000 --epsilon-end 0.02 --learning-rate 2.5e-4 --learning-rate-end 2.5e-5 \
         --optimizer-eps 1.5e-4 --target-return 18 --eval-every 50000 --checkpoint-every 50000
 
-One run, seed 1: evaluations of -16.2 at 100,000 transitions, -7.4 at 200,000, 19.0 at 300,000 after 16 minutes of
+Seed 1: evaluations of -16.2 at 100,000 transitions, -7.4 at 200,000, 19.0 at 300,000 after 16 minutes of
 training. At 429,000 and 23 minutes the mean of the last 100 training games reaches 18, which ends it. The final network
 wins all of 30 games, by 19.0 points on average (standard deviation 1.0), the best one by 20.1. Seed 2 is slower:
--11.8 at 200,000 transitions, 5.8 at 350,000, stopped soon after. With PyTorch's first weights seed 1 scored -19.6 at
-200,000 and 15.0 at 800,000. Be patient: mean Q(s, a) falls to -1.1 at 80,000, then rises, and the score with it; the
-loss tells little.
+-11.8 at 200,000, 5.8 at 350,000, stopped soon after. With PyTorch's first weights seed 1 scored -19.6 at 200,000, 4.0
+at 350,000 and 15.0 at 800,000. Be patient: with seed 1 mean Q(s, a) falls to -1.1 at 80,000, then rises, and the score
+with it; the loss tells little.
 Why this --optimizer-eps: while hardly anything is rewarded the gradients are tiny, Adam divides them by their own size,
 and takes full steps in arbitrary directions, which can leave ReLUs dead. With 1e-8, PyTorch's weights, the network of
 2015 and other schedules a run learned nothing in 700,000 transitions.
@@ -163,7 +163,7 @@ class Args:
     buffer_size: int = 1_000_000  # transitions in the replay memory; 7 kB each
     batch_size: int = 32  # transitions per gradient step
     network: Literal["nature", "nips"] = "nature"  # of 2015; or of 2013, a third of the multiplications
-    init: Literal["torch", "he"] = "torch"  # first weights: PyTorch's; or He's, with which it learns Pong sooner
+    init: Literal["torch", "he"] = "torch"  # first weights: PyTorch's; or He's, with which Pong's score rises sooner
 
     # exploration
     epsilon_start: float = 1.0  # probability of a random action at the start
@@ -427,7 +427,7 @@ class QNetwork(nn.Module):
         self.head = nn.Linear(layers[-2].out_features, action_space.n)
         if args.init == "he":
             # Of the variance between two screens each layer of PyTorch's weights, with its ReLU, leaves a sixth. He's
-            # keep it (He et al., ICCV 2015): a ball of a few pixels reaches the head, which has no ReLU and stays.
+            # keep it (He et al., ICCV 2015): a ball of a few pixels reaches the head, which has no ReLU.
             for layer in layers:
                 if isinstance(layer, nn.Conv2d | nn.Linear):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
