@@ -71,12 +71,16 @@ def test_killed_at_random_moments_nothing_is_lost(name):
 def test_the_kill_test_sees_a_checkpoint_written_in_place(tmp_path, monkeypatch):
     # The power of the test above: without the renaming, kills in the middle of writing leave half a file.
     text = (ROOT / "dqn_cartpole.py").read_text()
-    atomic = 'with open(path.with_suffix(".tmp"), "wb") as file:\n            torch.save(contents, file)'
+    atomic = (
+        '        with open(path.with_suffix(".tmp"), "wb") as file:\n            torch.save(contents, file)\n'
+        "            file.flush()\n            os.fsync(file.fileno())\n"
+        '        os.replace(path.with_suffix(".tmp"), path)\n'
+    )
     slow = (
-        'with open(path.with_suffix(".tmp"), "wb") as file:\n            torch.save(contents, file)\n'
-        '        data = path.with_suffix(".tmp").read_bytes()\n        with open(path, "wb", 0) as direct:\n'
-        "            for i in range(0, len(data), 5_000):\n                direct.write(data[i : i + 5_000])\n"
-        "                time.sleep(0.002)"
+        '        torch.save(contents, path.with_suffix(".tmp"))\n'
+        '        data = path.with_suffix(".tmp").read_bytes()\n        with open(path, "wb", 0) as file:\n'
+        "            for i in range(0, len(data), 5_000):\n                file.write(data[i : i + 5_000])\n"
+        "                time.sleep(0.002)\n"
     )
     assert atomic in text
     (tmp_path / "dqn_cartpole.py").write_text(text.replace(atomic, slow))
