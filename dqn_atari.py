@@ -492,19 +492,19 @@ class ReplayMemory:
         """Store the first observations, (n, 84, 84), after a reset of all environments."""
         self._write(np.arange(self.num_envs), frames, starts=True)
 
-    def add(self, actions, rewards, last_frames, terminated, ended, next_frames):
+    def add(self, actions, rewards, next_frames, terminated, ended, new_frames):
         """Store a step of all environments; the first dimension of each array is num_envs.
 
-        last_frames: what the actions led to, also where that ended an episode. next_frames: what the next actions are
+        next_frames: what the actions led to, also where that ended an episode. new_frames: what the next actions are
         chosen from; it differs where ended is true, and is stored there as the start of an episode.
         """
         self.arrays["actions"][self.newest] = actions
         self.arrays["rewards"][self.newest] = rewards
         self.arrays["terminated"][self.newest] = terminated
         self.arrays["drawable"][self.newest] = True
-        self._write(np.arange(self.num_envs), last_frames, starts=False)
+        self._write(np.arange(self.num_envs), next_frames, starts=False)
         if ended.any():
-            self._write(np.flatnonzero(ended), next_frames[ended], starts=True)
+            self._write(np.flatnonzero(ended), new_frames[ended], starts=True)
 
     def _write(self, envs: np.ndarray, frames: np.ndarray, starts: bool):
         index = (self.newest[envs] + self.num_envs) % self.capacity
@@ -698,15 +698,15 @@ def train(args: Args) -> dict:
                     metrics |= {"epsilon": epsilon, "learning_rate": learning_rate}
                     run.write(global_step, {f"train/{name}": value for name, value in metrics.items()})
 
-            # Receive and store. Where an episode ended, next_frames holds the first frame of the next one already: the
+            # Receive and store. Where an episode ended, new_frames holds the first frame of the next one already: the
             # memory gets the true last one as well. Only termination masks the bootstrap.
-            next_frames, rewards, dones, infos = envs.step_wait()
+            new_frames, rewards, dones, infos = envs.step_wait()
             truncated = np.array([info["TimeLimit.truncated"] for info in infos])
-            last_frames = next_frames.copy()
+            next_frames = new_frames.copy()
             for i in np.flatnonzero(dones):
-                last_frames[i] = infos[i]["terminal_observation"]
-            memory.add(actions, rewards, last_frames, dones & ~truncated, dones, next_frames)
-            push_frames(stacks, next_frames, ended=dones)
+                next_frames[i] = infos[i]["terminal_observation"]
+            memory.add(actions, rewards, next_frames, dones & ~truncated, dones, new_frames)
+            push_frames(stacks, new_frames, ended=dones)
             for info in infos:
                 if "episode" in info:  # a game ended, with its raw score
                     run.write_episode(global_step, info["episode"])

@@ -461,22 +461,22 @@ def train(args: Args) -> dict:
                     metrics |= {"epsilon": epsilon, "learning_rate": learning_rate}
                     run.write(global_step, {f"train/{name}": value for name, value in metrics.items()})
 
-            # Receive and store. Where an episode ended, next_obs is already the first observation of the next one: the
-            # memory gets the true last one, in a copy, because the next actions are for next_obs. Only termination
-            # masks the bootstrap.
-            next_obs, rewards, dones, infos = envs.step_wait()
+            # Receive and store. Where an episode ended, new_obs already belongs to the next one, and the next actions
+            # are for it. next_obs, a copy, is what these actions led to: there the last observation of the ended
+            # episode. Only termination masks the bootstrap.
+            new_obs, rewards, dones, infos = envs.step_wait()
             truncated = np.array([info["TimeLimit.truncated"] for info in infos])
-            last_obs = next_obs.copy()
+            next_obs = new_obs.copy()
             for i in np.flatnonzero(dones):
-                last_obs[i] = infos[i]["terminal_observation"]
-            memory.add(obs, actions, rewards, last_obs, dones & ~truncated)
-            obs = next_obs
+                next_obs[i] = infos[i]["terminal_observation"]
+            memory.add(obs, actions, rewards, next_obs, dones & ~truncated)
+            obs = new_obs
             for info in infos:
                 if "episode" in info:
                     run.write_episode(global_step, info["episode"])
 
             # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
-            run.check(global_step, observation=[obs, last_obs], reward=rewards, loss=loss)
+            run.check(global_step, observation=[obs, next_obs], reward=rewards, loss=loss)
             if global_step // args.eval_every > (global_step - args.num_envs) // args.eval_every:
                 run.evaluate(global_step, eval_seed)
             run.tick(global_step=global_step, gradient_steps=gradient_steps, target_syncs=target_syncs)

@@ -6,8 +6,9 @@
 Each round runs every contestant of a task once, in turn, in a process of its own, and times it between two step counts:
 start-up and the steps before the first gradient step are left out. Peers: Stable-Baselines3's algorithms, and
 CleanRL's scripts from a checkout (--cleanrl) with an interpreter that can run them (--cleanrl-python: gymnasium 0.29.1,
-numpy 1, ale-py 0.8.1). Then one run of ours tells where its time goes, and two more the floor: the environments alone
-(random actions), and all but the environments (their answers come at once).
+numpy 1, ale-py 0.8.1, and shimmy 1.3, without which it knows no Atari ids). Then one run of ours tells where its time
+goes, and two more the floor: the environments alone (random actions), and all but the environments (their answers come
+at once).
 
 Writes benchmarks/results/speed/: speed.csv, every run; command.json. Prints the README's table of ratios.
 """

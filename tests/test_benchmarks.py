@@ -427,7 +427,7 @@ def test_the_tour_speaks_of_what_is_there():
     for name in names:
         known = name[2:].replace("-", "_") if name.startswith("--") else name.split(".")[-1]
         assert known in scripts or (ROOT / "tests" / "test_dqn.py").read_text().count(f"def {known}("), name
-    for line in re.findall(r"(?m)^ *(?:q_values|next_q_values|memory\.add|last_obs|while) .*$", tour):
+    for line in re.findall(r"(?m)^ *(?:q_values|next_q_values|memory\.add|new_obs|next_obs|while) .*$", tour):
         code = line.strip()
         assert "`" in code or code in scripts, code
 
