@@ -25,7 +25,7 @@ memory that stores each frame once. The games run in processes of their own, and
 Mnih et al., "Human-level control through deep reinforcement learning", Nature 518 (2015).
 
     python dqn_atari.py --env-id BreakoutNoFrameskip-v4          # the usual benchmark: 10 million transitions
-    python dqn_atari.py --env-id PongNoFrameskip-v4 --video
+    python dqn_atari.py --env-id PongNoFrameskip-v4 --video      # the same length; neither was measured
     python dqn_atari.py --resume runs/NAME
     python dqn_atari.py --play runs/NAME/best.pt --render
 
@@ -61,19 +61,20 @@ wins all of 30 games, by 19.0 points on average (standard deviation 1.0), the be
 at 350,000 and 15.0 at 800,000. Be patient: with seed 1 mean Q(s, a) falls to -1.1 at 80,000, then rises, and the score
 with it; the loss tells little.
 Why this --optimizer-eps: while hardly anything is rewarded the gradients are tiny, Adam divides them by their own size,
-and takes full steps in arbitrary directions, which can leave ReLUs dead. With 1e-8, PyTorch's weights, the network of
-2015 and other schedules a run learned nothing in 700,000 transitions.
+and takes full steps in arbitrary directions, which can leave ReLUs dead. One run with 1e-8 learned nothing in 700,000
+transitions; it had PyTorch's weights, the network of 2015, bfloat16 and other schedules too, and none was isolated.
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. A gradient step comes every 4 transitions, a copy to the target network every 1,000 transitions, which are 250
-gradient steps. A game's length, train/episode_length, is in frames: four per transition.
+gradient steps. A game's length, train/episode_length, is in frames: four per transition, and those of no-ops and FIRE.
 
 A memory of a million transitions needs 7 GB, each game's process 16 MB of its own. Evaluations run in the main
-process while the others idle. A resumed run refills its memory before it learns on, unless --checkpoint-memory wrote
-it: expect a dip.
+process while the others idle. A resumed run plays --learning-starts transitions before it learns on, and learns from
+those and newer ones alone, unless --checkpoint-memory wrote the memory: expect a dip.
 
 A training episode is a life; an evaluation plays the whole game. In both the next life begins with one no-op and, where
-action 1 is FIRE, actions 1 and 2: an agent that never sees the screen that waits for FIRE may never press it. What is
+action 1 is FIRE, actions 1 and 2: in training that spares the agent the screen that waits for FIRE, so it would not
+have learned to press it for an evaluation. What is
 written as train/episode_return and train/episode_length is of whole games all the same, unclipped.
 
 Differences from the paper: Adam 1e-4 instead of RMSProp, target copies every 250 gradient steps instead of 10,000, 10
@@ -86,9 +87,9 @@ only where --n-step asks for them.
 
 Differences from dqn_cartpole.py, by section. Environment: AtariGame, push_frames. Network: convolutions, bfloat16, a
 choice of first weights. Replay memory: frames, n-step returns. Equations: make_optimizer. Training: stacks of frames; a
-learning rate that stays unless --learning-rate-end is given; clipping by value; refilling the memory after a resume.
-Evaluation: whole games, raw score, at --eval-epsilon. On a CPU the same seed gives the same parameters; a resumed run
-does not, since its games begin anew.
+learning rate that stays unless --learning-rate-end is given; clipping by value; refilling the memory after a resume;
+CUDA where there is one, else all cores. Evaluation: whole games, raw score, at --eval-epsilon. On a CPU the same seed
+gives the same parameters with the same versions and number of threads; a resumed run does not: its games begin anew.
 """
 
 import argparse
@@ -127,6 +128,8 @@ from tqdm import tqdm
 
 # === Arguments ========================================================================================================
 
+CONTAINER_LIMIT = "/sys/fs/cgroup/memory.max"  # Linux: bytes, or "max"
+
 
 @dataclass
 class Args:
@@ -154,7 +157,7 @@ class Args:
     # algorithm
     total_timesteps: int = 10_000_000  # transitions, summed over the environments; 4 emulator frames each
     target_return: float | None = None  # end the run once the last 100 training games have this mean score
-    learning_starts: int = 80_000  # transitions before the first gradient step, and to refill the memory at a resume
+    learning_starts: int = 80_000  # transitions before the first gradient step, and before learning on at a resume
     train_frequency: int = 4  # transitions per gradient step
     target_frequency: int = 1_000  # transitions per update of the target network
     tau: float = 1.0  # how far that update moves the target network to the online one; 1 makes it a copy
@@ -200,10 +203,16 @@ class Args:
         # The memory takes its pages as it fills: without this check a run would be killed hours after its start.
         copies = 2 if self.resume and self.checkpoint_memory else 1  # a checkpoint is read whole, then copied
         needed = copies * self.buffer_size * (84 * 84 + 8)  # bytes: a frame, and what else belongs to a transition
-        room = int(0.9 * psutil.virtual_memory().available)  # the rest is for the network and the workers
+        room = int(0.9 * free_memory())  # the rest is for the network and the workers
         fitting = room // copies // (84 * 84 + 8)
         fits = f"takes {needed / 1e9:.1f} GB where {room / 1e9:.1f} GB are free; {fitting} transitions would fit"
         require(self, "buffer_size", needed < room or self.play != "", fits)
+
+
+def free_memory() -> int:
+    """Return the bytes that are free on this machine, at most the limit of the container that this runs in."""
+    free, limit = psutil.virtual_memory().available, Path(CONTAINER_LIMIT)
+    return min(free, int(limit.read_text())) if limit.exists() and limit.read_text() != "max\n" else free
 
 
 # === Environment ======================================================================================================
@@ -284,7 +293,7 @@ class AtariGame(gym.Wrapper):
                 self.ale.getScreenRGB(self.screens[frame - 2])
             if self.ale.game_over():
                 break
-        if frame < 3:  # the game ended early: its last frame stands alone, a screen is from an earlier step
+        if frame < 3:  # the game ended before both screens were new: its last frame stands alone
             self.screens[:] = self.ale.getScreenRGB()
         terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
         self.score += reward
@@ -426,8 +435,8 @@ class QNetwork(nn.Module):
         self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)
         self.head = nn.Linear(layers[-2].out_features, action_space.n)
         if args.init == "he":
-            # Of the variance between two screens each layer of PyTorch's weights, with its ReLU, leaves a sixth. He's
-            # keep it (He et al., ICCV 2015): a ball of a few pixels reaches the head, which has no ReLU.
+            # A layer of PyTorch's weights, with its ReLU, passes on a sixth of the variance between two screens; one of
+            # He's (He et al., ICCV 2015) all of it: a ball of a few pixels reaches the head, which has no ReLU.
             for layer in layers:
                 if isinstance(layer, nn.Conv2d | nn.Linear):
                     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -449,7 +458,8 @@ class QNetwork(nn.Module):
 class Batch(NamedTuple):
     """B transitions: what the agent saw, did and got, what it saw next, and whether the episode terminated there.
 
-    With n_step above 1, B runs of up to n transitions: what was got in all of them, and seen after the last.
+    With n_step above 1 a row spans m <= n transitions: obs and action of the first, the rewards of all, next_obs and
+    terminated of the last.
     """
 
     obs: torch.Tensor  # (B, 4, 84, 84) uint8
@@ -463,11 +473,12 @@ class Batch(NamedTuple):
 class ReplayMemory:
     """A ring per environment that stores each frame once: 7.06 GB per million transitions, not 56.4 as pairs of stacks.
 
-    Every observation takes a slot, the one that ended an episode included, so the next observation is always in the
-    next slot. The rings are interleaved in flat arrays: index = slot * num_envs + env, and the same environment's next
-    slot is num_envs further on, modulo the capacity.
+    Every frame takes a slot, the one that ended an episode included, so the next frame is always in the next slot. The
+    rings are interleaved in flat arrays: index = slot * num_envs + env, and the same environment's next slot is
+    num_envs further on, modulo the capacity.
 
-    A transition is named by the index of its observation. What may be drawn is marked drawable; excluded are
+    An observation is named by the index of its newest frame, a transition by that of its observation. What may be drawn
+    is marked drawable; excluded are
       - observations that ended an episode, and the newest of each environment: no action was taken there;
       - the 3 oldest of a full ring: the frames before them, which are part of their stack, are overwritten.
     So every ended episode costs a slot, for its last observation: slightly fewer transitions than buffer_size fit.
@@ -485,7 +496,7 @@ class ReplayMemory:
             "starts": np.zeros(self.capacity, bool),  # first observation of an episode: its stack holds zeros before it
             "drawable": np.zeros(self.capacity, bool),
         }
-        self.newest = np.arange(num_envs) - num_envs  # (n,) index of each one's newest observation; begin makes it 0 ..
+        self.newest = np.arange(num_envs) - num_envs  # (n,) of each one's newest frame; begin makes it 0 .. n - 1
         self.filled = 0  # no index from here on has been written
 
     def begin(self, frames: np.ndarray):
@@ -522,8 +533,8 @@ class ReplayMemory:
             index[rejected] = torch.randint(self.filled, (rejected.size,)).numpy()
 
         last, discounts, rewards = index, np.full(batch_size, gamma, np.float32), arrays["rewards"][index]
-        # One transition further, unless the episode ended or this is the newest: those are not drawable. (Nor are the 3
-        # oldest, but the newest stands before them.)
+        # One transition further, unless the next slot is not drawable: it holds the end of the episode, or the newest
+        # frame, and nothing was done there. (The 3 oldest are not drawable either, but the newest stands before them.)
         for _ in range(n_step - 1):
             following = (last + self.num_envs) % self.capacity
             follows = arrays["drawable"][following]
@@ -575,15 +586,15 @@ class ReplayMemory:
 
 
 def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, gamma: torch.Tensor, loss: str):
-    """Return the TD loss of Mnih et al. (2015), and Q(s, a) of the actions taken, (B,).
+    """Return the TD loss (Mnih et al. 2015; squared, or Huber's), and Q(s, a) of the actions taken, (B,).
 
     y = r + gamma * max_a' Q_target(s', a')    where the episode went on, or only ran out of time (truncated)
     y = r                                      where it terminated. After a lost life the game goes on and pays, but not
                                                this episode: that is what makes losing one costly
     L = mean of (y - Q(s, a))^2, or of Huber's loss: half that square up to an error of 1, linear beyond
 
-    That the maximum is taken, whichever action came next, makes old and random transitions as good to learn from as new
-    ones (off-policy); that it is a maximum over noisy estimates makes it too large on average. With n_step above 1 the
+    That the maximum is taken, whichever action came next, makes it right to learn from old and random transitions too
+    (off-policy); that it is a maximum over noisy estimates makes it too large on average. With n_step above 1 the
     actions between s and s' are those of old networks, or random: y is off by what they cost.
 
     q_values: Q(s, .) of the online network, (B, A). next_q_values: Q_target(s', .), (B, A), without gradient: only
@@ -653,6 +664,7 @@ def train(args: Args) -> dict:
             global_step, gradient_steps, target_syncs = run.restored()
             if not args.checkpoint_memory:  # the memory is empty: fill it, at the current epsilon, before learning on
                 run.say(f"no learning until {args.learning_starts:,} transitions have refilled the replay memory")
+                # so that the next gradient step is due learning_starts + train_frequency transitions from here
                 learning_starts = global_step + args.learning_starts - gradient_steps * args.train_frequency
         frames = run.first_obs(train_seed + global_step)  # environment i gets this seed + i
         memory.begin(frames)
@@ -702,10 +714,11 @@ def train(args: Args) -> dict:
             # memory gets the true last one as well. Only termination masks the bootstrap.
             new_frames, rewards, dones, infos = envs.step_wait()
             truncated = np.array([info["TimeLimit.truncated"] for info in infos])
+            terminated = dones & ~truncated
             next_frames = new_frames.copy()
             for i in np.flatnonzero(dones):
                 next_frames[i] = infos[i]["terminal_observation"]
-            memory.add(actions, rewards, next_frames, dones & ~truncated, dones, new_frames)
+            memory.add(actions, rewards, next_frames, terminated, dones, new_frames)
             push_frames(stacks, new_frames, ended=dones)
             for info in infos:
                 if "episode" in info:  # a game ended, with its raw score

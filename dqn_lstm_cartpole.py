@@ -609,16 +609,17 @@ def train(args: Args) -> dict:
                     metrics |= {"epsilon": epsilon, "learning_rate": learning_rate}
                     run.write(global_step, {f"train/{name}": value for name, value in metrics.items()})
 
-            # Receive and store. Where an episode ended, new_obs already belongs to the next one, and the next actions
-            # are for it. next_obs, a copy, is what these actions led to: there the last observation of the ended
-            # episode. Only termination masks the bootstrap.
+            # Receive and store. new_obs is what the next actions are chosen from, next_obs what these actions led to.
+            # They differ where an episode ended: there new_obs is the first observation of the next one already, and
+            # next_obs the last one of this. Only termination masks the bootstrap.
             new_obs, rewards, dones, infos = envs.step_wait()
             truncated = np.array([info["TimeLimit.truncated"] for info in infos])
+            terminated = dones & ~truncated
             next_obs = new_obs.copy()
             for i in np.flatnonzero(dones):
                 next_obs[i] = infos[i]["terminal_observation"]
             states = episodes.state.permute(2, 0, 1, 3).cpu().numpy()  # (num_envs, 2, num_layers, hidden_size)
-            memory.add(obs, actions, rewards, next_obs, dones & ~truncated, episodes.steps, states)
+            memory.add(obs, actions, rewards, next_obs, terminated, episodes.steps, states)
             obs, episodes.state = new_obs, next_state
             episodes.steps += 1
             episodes.begin(dones)
@@ -627,7 +628,7 @@ def train(args: Args) -> dict:
                     run.write_episode(global_step, info["episode"])
 
             # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
-            run.check(global_step, observation=[obs, next_obs], reward=rewards, loss=loss)
+            run.check(global_step, observation=[new_obs, next_obs], reward=rewards, loss=loss)
             if global_step // args.eval_every > (global_step - args.num_envs) // args.eval_every:
                 run.evaluate(global_step, eval_seed)
             run.tick(global_step=global_step, gradient_steps=gradient_steps, target_syncs=target_syncs)

@@ -313,7 +313,7 @@ class Batch(NamedTuple):
     actions: torch.Tensor  # (B,)
     rewards: torch.Tensor  # (B,)
     next_obs: torch.Tensor  # (B, obs_dim)
-    terminated: torch.Tensor  # (B,), 1.0 or 0.0; 0.0 also where time ran out
+    terminated: torch.Tensor  # (B,), 1.0 or 0.0; 0.0 also where only time ran out
 
 
 class ReplayMemory:
@@ -360,14 +360,14 @@ class ReplayMemory:
 
 
 def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, gamma: float, loss: str):
-    """Return the TD loss of Mnih et al. (2015), and Q(s, a) of the actions taken, (B,).
+    """Return the TD loss (Mnih et al. 2015; squared, or Huber's), and Q(s, a) of the actions taken, (B,).
 
     y = r + gamma * max_a' Q_target(s', a')    where the episode went on, or only ran out of time (truncated)
     y = r                                      where it ended for good (terminated): no reward can follow
     L = mean of (y - Q(s, a))^2, or of Huber's loss: half that square up to an error of 1, linear beyond
 
-    That the maximum is taken, whichever action came next, makes old and random transitions as good to learn from as new
-    ones (off-policy); that it is a maximum over noisy estimates makes it too large on average.
+    That the maximum is taken, whichever action came next, makes it right to learn from old and random transitions too
+    (off-policy); that it is a maximum over noisy estimates makes it too large on average.
 
     q_values: Q(s, .) of the online network, (B, A). next_q_values: Q_target(s', .), (B, A), without gradient: only
     Q(s, a) is to move.
@@ -461,22 +461,23 @@ def train(args: Args) -> dict:
                     metrics |= {"epsilon": epsilon, "learning_rate": learning_rate}
                     run.write(global_step, {f"train/{name}": value for name, value in metrics.items()})
 
-            # Receive and store. Where an episode ended, new_obs already belongs to the next one, and the next actions
-            # are for it. next_obs, a copy, is what these actions led to: there the last observation of the ended
-            # episode. Only termination masks the bootstrap.
+            # Receive and store. new_obs is what the next actions are chosen from, next_obs what these actions led to.
+            # They differ where an episode ended: there new_obs is the first observation of the next one already, and
+            # next_obs the last one of this. Only termination masks the bootstrap.
             new_obs, rewards, dones, infos = envs.step_wait()
             truncated = np.array([info["TimeLimit.truncated"] for info in infos])
+            terminated = dones & ~truncated
             next_obs = new_obs.copy()
             for i in np.flatnonzero(dones):
                 next_obs[i] = infos[i]["terminal_observation"]
-            memory.add(obs, actions, rewards, next_obs, dones & ~truncated)
+            memory.add(obs, actions, rewards, next_obs, terminated)
             obs = new_obs
             for info in infos:
                 if "episode" in info:
                     run.write_episode(global_step, info["episode"])
 
             # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
-            run.check(global_step, observation=[obs, next_obs], reward=rewards, loss=loss)
+            run.check(global_step, observation=[new_obs, next_obs], reward=rewards, loss=loss)
             if global_step // args.eval_every > (global_step - args.num_envs) // args.eval_every:
                 run.evaluate(global_step, eval_seed)
             run.tick(global_step=global_step, gradient_steps=gradient_steps, target_syncs=target_syncs)

@@ -66,10 +66,10 @@ BUGS = [
         "gamma * (1.0 - batch.terminated) * next_q_max", "gamma * next_q_max"),
     Bug("truncation-is-death", DQN, "test_dqn.py::test_memory_holds_exactly_what_happened[3-Mixed-v0]",
         "no bootstrap where time ran out; loops written for Gym's single `done`",
-        "next_obs, dones & ~truncated)", "next_obs, dones)"),
+        "terminated = dones & ~truncated", "terminated = dones"),
     Bug("truncation-is-death-value", DQN, "test_dqn.py::test_truncation_does_not_end_the_value",
         "the same where only the clock ends episodes (V is 10)",
-        "next_obs, dones & ~truncated)", "next_obs, dones)", CONSTANT, "value"),
+        "terminated = dones & ~truncated", "terminated = dones", CONSTANT, "value"),
     Bug("reset-obs-as-next", DQN, "test_dqn.py::test_memory_holds_exactly_what_happened[3-Truncated-v0]",
         "the next episode's first observation stored as this one's last, by loops that do not read the info; here "
         "in a corridor, 8 steps from its end (V is -7.7), with a time limit of 5",

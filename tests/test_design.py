@@ -240,7 +240,7 @@ def test_documented_commands_parse(source, script, arguments, monkeypatch, tmp_p
     # A command may ask for a GPU, a tracker or more memory than this machine has.
     monkeypatch.setattr(module, "select_device", lambda *args, **kwargs: None)
     monkeypatch.setattr(module, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: True)))
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**50))
+    monkeypatch.setattr(module, "free_memory", lambda: 2**50, raising=False)
     if importlib.util.find_spec("Box2D") is None:  # optional, and installed by the line above the command
         arguments = ["CartPole-v1" if word == "LunarLander-v3" else word for word in arguments]
     tyro.cli(module.Args, args=arguments)

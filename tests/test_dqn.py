@@ -786,6 +786,17 @@ def test_playing_needs_no_room_for_a_replay_memory(cli, tmp_path, monkeypatch):
     assert (status, err) == (0, "")
 
 
+@pytest.mark.parametrize(("free", "limit"), [(10**9, "max"), (10**9, "1000000000000"), (10**12, "1000000000")])
+def test_a_replay_memory_that_does_not_fit_is_refused(free, limit, tmp_path, monkeypatch):
+    atari = load(ROOT / "dqn_atari.py")
+    (tmp_path / "memory.max").write_text(f"{limit}\n")  # of a container
+    monkeypatch.setattr(atari, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    atari.Args(buffer_size=120_000)
+    with pytest.raises(ValueError, match="127406 transitions would fit"):
+        atari.Args(buffer_size=130_000)
+
+
 def test_resuming_on_a_machine_without_the_gpu(trained, cli):
     args = json.loads((trained / "args.json").read_text())
     (trained / "args.json").write_text(json.dumps({**args, "device": "cuda:9"}))
