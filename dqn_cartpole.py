@@ -17,10 +17,11 @@
 """DQN on CartPole: deep Q-learning, small and complete.
 
 A network learns Q(s, a), the discounted sum of rewards to expect after action a in state s. Its target is the reward
-plus gamma times its own estimate for the best next action. Learning from one's own estimates is unstable, and two
-things help: transitions are drawn at random from a replay memory, and the estimates come from a target network that
-trails behind. A transition is one step of one environment: observation, action, reward, next observation, and whether
-the episode terminated. Mnih et al., "Human-level control through deep reinforcement learning", Nature 518 (2015).
+plus gamma times its own estimate for the best next action. Learning from one's own estimates (bootstrapping) is
+unstable, and two things help: transitions are drawn at random from a replay memory, and the estimates come from a
+target network that trails behind the one that is trained, the online network. A transition is one step of one
+environment: observation, action, reward, next observation, and whether the episode terminated. Mnih et al.,
+"Human-level control through deep reinforcement learning", Nature 518 (2015).
 
     python dqn_cartpole.py
     python dqn_cartpole.py --seed 2 --video                      # and a film of the best network
@@ -336,7 +337,7 @@ def train(args: Args) -> dict:
     q_network = QNetwork(envs.observation_space, envs.action_space, args).to(device)
     target_network = copy.deepcopy(q_network)
     parameters, target_parameters = list(q_network.parameters()), list(target_network.parameters())
-    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=args.optimizer_eps, fused=True)  # one kernel
+    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=args.optimizer_eps, fused=True)  # one call
     memory = ReplayMemory(args.buffer_size, envs.observation_space.shape[0])
     epsilon_schedule = linear_schedule if args.epsilon_schedule == "linear" else exponential_schedule
     global_step = gradient_steps = target_syncs = 0

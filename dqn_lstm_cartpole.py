@@ -542,7 +542,7 @@ def train(args: Args) -> dict:
     target_network, average_network = copy.deepcopy(q_network), copy.deepcopy(q_network)
     parameters, target_parameters = list(q_network.parameters()), list(target_network.parameters())
     average_parameters = list(average_network.parameters())
-    adam = {"eps": args.optimizer_eps, "weight_decay": args.weight_decay, "fused": True}  # fused: one kernel
+    adam = {"eps": args.optimizer_eps, "weight_decay": args.weight_decay, "fused": True}  # fused: one call
     optimizer = torch.optim.Adam(parameters, args.learning_rate, **adam)
     obs_dim, state_shape = envs.observation_space.shape[0], q_network.state_shape
     memory = ReplayMemory(args.buffer_size, args.num_envs, obs_dim, state_shape)

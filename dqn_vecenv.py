@@ -409,7 +409,7 @@ def train(args: Args) -> dict:
     q_network = QNetwork(envs.observation_space, envs.action_space, args).to(device)
     target_network = copy.deepcopy(q_network)
     parameters, target_parameters = list(q_network.parameters()), list(target_network.parameters())
-    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=args.optimizer_eps, fused=True)  # one kernel
+    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=args.optimizer_eps, fused=True)  # one call
     memory = ReplayMemory(args.buffer_size, envs.observation_space.shape[0])
     epsilon_schedule = linear_schedule if args.epsilon_schedule == "linear" else exponential_schedule
     global_step = gradient_steps = target_syncs = 0

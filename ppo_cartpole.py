@@ -345,7 +345,7 @@ def train(args: Args) -> dict:
     envs = make_envs(args)
     network = ActorCritic(envs.observation_space, envs.action_space, args).to(device)
     parameters = list(network.parameters())
-    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=args.optimizer_eps, fused=True)  # one kernel
+    optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=args.optimizer_eps, fused=True)  # one call
     rollout = Rollout(args.num_steps, args.num_envs, envs.observation_space.shape[0])
     minibatch_size = args.num_envs * args.num_steps // args.num_minibatches
     global_step = gradient_steps = 0
