@@ -32,7 +32,7 @@ environment: observation, action, reward, next observation, and whether the epis
 Watch it with `tensorboard --logdir runs`.
 
 Measured with the defaults, seeds 1 to 10: the final network's greedy return over 100 episodes is 500.0 on ten of ten,
-no evaluation in the last fifth is under 475 on nine of ten, and training takes 7 to 10 s on one core, evaluations not
+no evaluation in the last fifth is under 475 on nine of ten, and training takes 12 s on one core, evaluations not
 counted. Seeds 11 to 20: 500.0 on eight, 497 and 463 on the others.
 
 Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of ten seeds; lowest and highest)

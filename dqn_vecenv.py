@@ -30,8 +30,8 @@ side, in this process (--vec-env dummy), in a process each (subproc, the default
 Watch it with `tensorboard --logdir runs`.
 
 Measured with the defaults on two cores, seeds 1 to 10: the final network's greedy return over 100 episodes is 500.0 on
-ten of ten, no evaluation in the last fifth is under 475 on seven of ten, and training takes 7 to 11 s, evaluations not
-counted. The same takes 5 s with --vec-env dummy, 4.4 s with envpool (three seeds each): CartPole is so fast that the
+ten of ten, no evaluation in the last fifth is under 475 on seven of ten, and training takes 9 to 14 s, evaluations not
+counted. The same takes 7 s with --vec-env dummy or envpool (three seeds each): CartPole is so fast that the
 messages to the workers cost more than its steps. Workers pay where a step computes for clearly more than 0.1 ms, up to
 the number of cores, and where it waits: the README has the table.
 
