@@ -161,7 +161,7 @@ def time_ours(script: str, flags: list[str], first: int, last: int, mode: str):
             envs.seed(0)
             envs.reset()
             while True:
-                envs.step_async([envs.action_space.sample() for _ in range(args.num_envs)])
+                envs.step_async([int(envs.action_space.sample()) for _ in range(args.num_envs)])
                 envs.step_wait()
                 step += args.num_envs
                 watch.at(step)
