@@ -52,7 +52,7 @@ def transitions_per_second(env_id: str, vec_env: str, num_envs: int, seconds: fl
     """Step with random actions for this long, after a warm-up of a tenth of it."""
     args = dqn_vecenv.Args(env_id=env_id, vec_env=vec_env, num_envs=num_envs, learning_starts=100)
     envs = dqn_vecenv.EnvPoolVecEnv(args) if vec_env == "envpool" else dqn_vecenv.make_envs(args)
-    actions = np.random.default_rng(0).integers(0, 2, (1_000, num_envs))
+    actions = np.random.default_rng(0).integers(0, 2, (1_000, num_envs)).tolist()  # plain ints, as in the scripts
     envs.seed(0)
     envs.reset()
     steps, started, ends = 0, None, time.perf_counter() + seconds / 10
