@@ -258,7 +258,8 @@ class AtariGame(gym.Wrapper):
         lives = self.lives
         reward, terminated, truncated = self._repeat(action)
         # The next life, by the actions of reset() while training; there the stack begins anew as well, here it goes on.
-        if not self.training and 0 < self.lives < lives:
+        while not self.training and 0 < self.lives < lives:
+            lives = self.lives
             for start_action in (0, *self.start_actions):
                 if not self.game_over:
                     gained, terminated, truncated = self._repeat(start_action)

@@ -167,6 +167,21 @@ def test_each_life_of_an_evaluation_begins_with_fire():
     assert env.unwrapped.ale.game_over() and env.unwrapped.ale.lives() == 0
 
 
+def test_an_evaluation_presses_fire_again_where_a_life_is_lost_as_it_begins(monkeypatch):
+    env = make_env(arguments(), evaluation=True)
+    env.reset(seed=0)
+    pressed, lives = [], iter([4, 4, 3, 3, 3, 3, 3])  # one life lost by the action, the next while FIRE is held
+
+    def repeat(action):
+        pressed.append(action)
+        env.lives = next(lives)
+        return 1, False, False
+
+    monkeypatch.setattr(env, "_repeat", repeat)
+    assert env.step(3)[1] == 7  # each reward counts
+    assert pressed == [3, 0, 1, 2, 0, 1, 2]
+
+
 def test_a_game_that_ends_inside_reset_is_reported_once():
     env = make_env(arguments())
     env.reset(seed=3)
