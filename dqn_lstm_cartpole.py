@@ -25,7 +25,7 @@ and Stone, "Deep Recurrent Q-Learning for Partially Observable MDPs", AAAI Fall 
     python dqn_lstm_cartpole.py --memory none                    # the control: the same without a memory
     python dqn_lstm_cartpole.py --hide none                      # CartPole-v1 with its velocities, rescaled
     python dqn_lstm_cartpole.py --env-id Acrobot-v1 --hide none  # another environment
-    python dqn_lstm_cartpole.py --resume runs/NAME --total-timesteps 400000
+    python dqn_lstm_cartpole.py --resume runs/NAME --total-timesteps 400000     # the learning rate rises again
     python dqn_lstm_cartpole.py --play runs/NAME/best.pt --render
 
 Watch it with `tensorboard --logdir runs`.
@@ -37,7 +37,7 @@ without a memory, seeds 1 to 5: 66 to 78.
 
 Is my run healthy?       at 10 %    at 50 %    at 100 %     (median of ten seeds; lowest and highest)
     greedy return        260        489        500          (171 to 498; 305 to 500; 485 to 500)
-    training return      151        386        454          (10 % of the actions are random: judge by the greedy one)
+    training return      151        386        454          (a fifth, later 10 % of the actions are random)
     loss                 24         25         2            (of single batches, which differ: 0.3 to 37 at the end)
     mean Q(s, a)         45         87         98           (the true limit is 1 / (1 - gamma) = 100)
 Loss and Q are logged every 500 gradient steps: those of 21,000, 101,000 and 191,000 transitions.
@@ -77,7 +77,7 @@ pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient st
 2. The state before o1 was stored when the agent was there; with --initial-state zero it is zeros. Neither is what the
    present weights would remember: the burn-in brings it closer. It carries no loss, and no gradient goes into it. With
    sequences of 16 it matters little: without it, too, eight of ten seeds end at 500.0, but the lowest at 472 in place
-   of 497. From zeros two seeds end at 500 as well, but learning starts slowly: the evaluations of the first quarter
+   of 497. From zeros both of two seeds end at 500, but learning starts slowly: the evaluations of the first quarter
    have a mean of 114, and of 245 from stored states.
 3. A step with loss compares Q(o3, a3) with the target network's value one position later (n positions, with --n-step n,
    and the rewards in between) in the same reading, so that its history is the same. Were o4 fed to the target network
@@ -414,7 +414,8 @@ class ReplayMemory:
         It starts 0 to length - 1 steps before, so that what is drawn stands anywhere in it, and reads burn_in steps
         before that. Where fewer are to be had, it starts where they begin, with no burn-in: with the episode, whose
         state is known to be zero there, or with what a full ring still holds. (What was drawn may then lie after its
-        end.) The first steps of an episode are learned from about as often as others, the very last half as often.
+        end.) By default an episode's first 8 steps are learned from about as often as others, the one at position 15
+        half as often again, those at 16 and at the very end half as often.
         """
         columns, n = self.columns, self.num_envs
         drawn = torch.randint(min(self.added, self.capacity), (batch_size,)).numpy()

@@ -25,7 +25,7 @@ away. Schulman et al., "Proximal policy optimization algorithms", 2017.
     python ppo_cartpole.py
     python ppo_cartpole.py --seed 2 --video                      # and a film of the best network
     python ppo_cartpole.py --target-kl 0.02                      # end the passes over a rollout early
-    python ppo_cartpole.py --resume runs/NAME --total-timesteps 120000
+    python ppo_cartpole.py --resume runs/NAME --total-timesteps 120000     # the learning rate rises again
     python ppo_cartpole.py --play runs/NAME/best.pt --render
 
 Measured with the defaults, seeds 1 to 10: the final network's greedy return over 100 episodes is 500.0 on ten of ten,
@@ -42,14 +42,14 @@ Explained variance says little here: once every episode runs to the time limit t
 Why it is fast. On-policy learning needs no replay memory and no target network, and the rollout is the unit of work:
 the values of all its observations are one batch after it, and so are the probabilities of its actions; advantages are
 computed for all environments at once; a pass shuffles each column once; and Adam is one fused kernel. No distribution
-objects: sampling is four tensor operations. What remains is gradient steps, three quarters of the time.
+objects: sampling is four tensor operations. What remains is gradient steps, 70 % of the time.
 
 Differences from the paper: as in the code that its authors released (openai/baselines, ppo2), weights start orthogonal,
 advantages are normalised in each minibatch, the value loss is halved, Adam's epsilon is 1e-5, and one norm of the
 gradient is clipped for both networks; that code also clips the value loss, which here is --clip-value-loss. The
-learning rate and the clip range fall over the run, as in the paper's Atari games. --target-kl is not in the paper
-either. Gamma and lambda are smaller than there. An episode that ran out of time is not taken for one that ended: gamma
-times the value of its last observation is added to the last reward.
+learning rate and the clip range fall over the run, as in the paper's Atari games. --target-kl is not in the paper.
+Gamma and lambda are smaller than there. An episode that ran out of time is not taken for one that ended: gamma times
+the value of its last observation is added to the last reward.
 
 Differences from dqn_cartpole.py, by section. Network: actor and critic. Rollout in place of the replay memory.
 Equations: advantages and the clipped losses in place of the TD loss. Training: collect, then learn; no epsilon, since
