@@ -125,7 +125,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -687,22 +687,24 @@ def require(args, name: str, condition: bool, remedy: str):
 
 def check_args(args):
     """Refuse what cannot work before anything is created."""
-    for name, value in asdict(args).items():
+    for name, kind in get_type_hints(type(args)).items():
+        value, kinds = getattr(args, name), get_args(kind) or (kind,)  # int | None: both types; a Literal: its values
+        fits = type(value) in kinds or value in kinds or (type(value) is int and float in kinds)
+        require(args, name, fits, f"give one of {', '.join(getattr(k, '__name__', str(k)) for k in kinds)}")
         if type(value) in (int, float):
-            require(args, name, math.isfinite(value), "give a finite number")
+            require(args, name, abs(value) < 2**63, "give a finite number, below 2^63")  # NaN is not below it
         if type(value) in (int, float) and name not in ("time_limit", "target_return"):
             require(args, name, value > 0 or (value == 0 and name in MAY_BE_ZERO), "give a larger number")
             require(args, name, value <= 1 or name not in AT_MOST_ONE, "give a number from 0 to 1")
-    require(args, "seed", args.seed < 2**63, "give a smaller number")
     require(args, "time_limit", args.time_limit in (None, -1) or args.time_limit > 0, "give a number of steps, or -1")
     require(args, "play", not (args.play and args.resume), "give either --play or --resume")
-    require(args, "run_dir", not (args.run_dir and Path(args.run_dir).exists()), "exists already; give another")
+    require(args, "run_dir", not (args.run_dir and os.path.exists(args.run_dir)), "exists already; give another")
     if args.track != "none":
         require(args, "track", importlib.util.find_spec(args.track) is not None, f"first: pip install {args.track}")
     select_device(args.device, auto="cpu")
     try:
         env = make_env(args)
-    except (gym.error.Error, ImportError, ValueError) as error:
+    except (gym.error.Error, AttributeError, ImportError, TypeError, ValueError) as error:
         raise ValueError(f"--env-id {args.env_id}: {error}") from None
     modes = env.metadata.get("render_modes", [])
     require(args, "video", not args.video or "rgb_array" in modes, "this environment cannot draw itself")
@@ -759,7 +761,7 @@ def load_checkpoint(path: Path) -> dict:
         if checkpoint["script"] != SCRIPT:
             raise ValueError(f"it was written by {checkpoint['script']}.py")
     except Exception as error:  # a broken file can fail in any way
-        refuse(f"{path} is no checkpoint of {SCRIPT}.py: {str(error).splitlines()[0]}")
+        refuse(f"{path} is no checkpoint of {SCRIPT}.py: {(str(error) or repr(error)).splitlines()[0]}")
     return checkpoint
 
 
@@ -767,13 +769,13 @@ def pack(value, inside: bool = False):
     """Turn an attribute of an environment into what a checkpoint may hold; raise TypeError if it is more than data."""
     if value is None or type(value) in (bool, int, float, str):
         return value
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf" and value.dtype.itemsize <= 8:
         return {"array": value.tolist(), "dtype": str(value.dtype), "shape": list(value.shape)}
     if type(value) in (list, tuple, dict):
         items = value.items() if type(value) is dict else value
         return [type(value).__name__, *(pack(item, inside=True) for item in items)]
     if isinstance(value, np.random.Generator) and not inside:
-        return {"generator": value.bit_generator.state}
+        return {"generator": pack(value.bit_generator.state)}
     if isinstance(value, collections.deque) and not inside:
         return {"deque": [pack(item, inside=True) for item in value]}
     raise TypeError(f"{type(value)} is more than data")
@@ -789,7 +791,7 @@ def unpack(value, current=None):
         array = np.array(value["array"], value["dtype"]).reshape(value["shape"])
         return array[()]  # a number, if it has no dimensions
     if "generator" in value:
-        current.bit_generator.state = value["generator"]
+        current.bit_generator.state = unpack(value["generator"])
     else:
         current.clear()
         current.extend(map(unpack, value["deque"]))
@@ -822,11 +824,11 @@ class Resumable(gym.Wrapper):
 
     def get_state(self) -> list | None:
         """Return the attributes of each layer, or None where one is more than data, such as a physics engine."""
-        fixed = (gym.Space, gym.envs.registration.EnvSpec)
+        fixed, layers = (gym.Space, gym.envs.registration.EnvSpec), self.layers()
         try:
             return [
-                {name: pack(v) for name, v in vars(layer).items() if name != "env" and not isinstance(v, fixed)}
-                for layer in self.layers()
+                {name: pack(v) for name, v in vars(layer).items() if not isinstance(v, fixed) and v is not below}
+                for layer, below in zip(layers, [*layers[1:], layers], strict=True)
             ]
         except TypeError:
             return None
@@ -866,6 +868,9 @@ class Run:
             counts, planned = checkpoint["counts"], checkpoint["args"]["total_timesteps"]  # the last iteration may end
             if self.args.total_timesteps < min(counts["global_step"], planned):  # beyond what was planned
                 refuse(f"--total-timesteps {self.args.total_timesteps} is less than the run has behind it")
+            for name, value in checkpoint["args"].items():  # args.json may have been edited
+                if getattr(self.args, name, value) != value and name not in RESUME_MAY_CHANGE | {"resume", "run_dir"}:
+                    raise ValueError(f"its --{name.replace('_', '-')} is {value}")
             for name, value in self.state.items():
                 value.load_state_dict(checkpoint.pop(name))
             torch.set_rng_state(checkpoint["torch_rng"])
@@ -1188,7 +1193,7 @@ def main(network_class):
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "alloc" not in str(error):
             raise
-        refuse(f"not enough memory for these sizes: {str(error).splitlines()[0]}")
+        refuse(f"not enough memory for these sizes: {(str(error) or repr(error)).splitlines()[0]}")
     except KeyboardInterrupt:  # outside the training loop, or the second one
         raise SystemExit(128 + signal.SIGINT) from None
 
