@@ -517,7 +517,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 
 SCRIPT = Path(__file__).stem
-AT_MOST_ONE = {"epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "gae_lambda", "tau"}
+AT_MOST_ONE = {"epsilon_start", "epsilon_end", "eval_epsilon", "gamma", "gae_lambda", "tau", "rmsprop_alpha"}
 MAY_BE_ZERO = {"seed", "learning_rate_end", "max_grad_norm", "max_grad_value", "entropy_coef", "weight_decay"}
 MAY_BE_ZERO |= {"burn_in"} | AT_MOST_ONE - {"tau"}
 RESUME_MAY_CHANGE = {"total_timesteps", "target_return", "device", "render", "video", "track", "track_project"}
@@ -536,7 +536,7 @@ def check_args(args):
     for name, kind in get_type_hints(type(args)).items():
         value, kinds = getattr(args, name), get_args(kind) or (kind,)  # int | None: both types; a Literal: its values
         fits = type(value) in kinds or value in kinds or (type(value) is int and float in kinds)
-        require(args, name, fits, f"give one of {', '.join(getattr(k, '__name__', str(k)) for k in kinds)}")
+        require(args, name, fits, f"must be {' or '.join(getattr(k, '__name__', str(k)) for k in kinds)}")
         if type(value) in (int, float):
             require(args, name, abs(value) < 2**63, "give a finite number, below 2^63")  # NaN is not below it
         if type(value) in (int, float) and name not in ("time_limit", "target_return"):
@@ -743,15 +743,20 @@ class Run:
             self.csv_file = open(self.dir / "progress.csv", "a")
         except OSError as error:
             refuse(f"cannot write the run directory {self.dir}: {error.strerror}")
-        if args.track == "wandb":
-            import wandb
+        try:
+            if args.track == "wandb":
+                import wandb
 
-            wandb.init(project=args.track_project, name=self.dir.name, config=asdict(args), sync_tensorboard=True)
-        elif args.track == "swanlab":
-            import swanlab
+                wandb.init(project=args.track_project, name=self.dir.name, config=asdict(args), sync_tensorboard=True)
+            elif args.track == "swanlab":
+                import swanlab
 
-            swanlab.sync_tensorboard_torch()
-            swanlab.init(project=args.track_project, experiment_name=self.dir.name, config=asdict(args))
+                swanlab.sync_tensorboard_torch()
+                swanlab.init(project=args.track_project, experiment_name=self.dir.name, config=asdict(args))
+        except Exception as error:  # such as a login that is missing
+            if not args.resume:
+                shutil.rmtree(self.dir, ignore_errors=True)
+            refuse(f"--track {args.track}: {(str(error) or repr(error)).splitlines()[0]}")
         self.tensorboard = SummaryWriter(str(self.dir), purge_step=step + 1 if args.resume else None)
         table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
         self.tensorboard.add_text("hyperparameters", f"|flag|value|\n|-|-|\n{table}", step)

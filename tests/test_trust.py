@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -214,6 +216,26 @@ def test_the_state_of_an_environment_is_saved_and_loaded():
                 assert (first.reset()[0] == second.reset()[0]).all()
 
 
+@pytest.mark.parametrize("kind", ["PCG64", "MT19937", "Philox", "SFC64"])
+def test_every_random_generator_can_be_saved_and_loaded(kind):
+    module = load(ROOT / "dqn_cartpole.py")
+    first, second = (np.random.Generator(getattr(np.random, kind)(seed)) for seed in (1, 2))
+    torch.save(module.pack(first), buffer := io.BytesIO())
+    buffer.seek(0)
+    loaded = module.unpack(torch.load(buffer, weights_only=True), second)
+    assert loaded is second and (second.random(5) == first.random(5)).all()
+
+
+@pytest.mark.parametrize("held", [gym.make("CartPole-v1"), np.longdouble(1)], ids=["a simulator", "128 bits"])
+def test_what_a_checkpoint_cannot_hold_makes_an_environment_more_than_data(held):
+    module = load(ROOT / "dqn_cartpole.py")
+    env = module.make_env(module.Args())
+    env.reset(seed=1)
+    assert env.get_state() is not None
+    env.unwrapped.env = held  # an attribute of that name which is no layer
+    assert env.get_state() is None
+
+
 @each_script
 def test_result_json_of_before_the_resume_is_gone(name, tmp_path, monkeypatch):
     run = tmp_path / "run"
@@ -325,6 +347,8 @@ def damage(path, how):
         torch.save({**torch.load(path, weights_only=True), "script": "somebody_elses"}, path)
     elif how == "cut off":
         path.write_bytes(path.read_bytes()[:1_000])
+    elif how == "empty":
+        path.write_bytes(b"")
     elif how == "garbled":
         path.write_bytes(os.urandom(2_000))
     elif how == "no tensors":
@@ -345,7 +369,7 @@ def finished(tmp_path_factory):
     return copy_of
 
 
-@pytest.mark.parametrize("how", ["code", "another script", "cut off", "garbled", "no tensors"])
+@pytest.mark.parametrize("how", ["code", "another script", "cut off", "empty", "garbled", "no tensors"])
 @pytest.mark.parametrize("flag", ["--play", "--resume"])
 @each_script
 def test_a_strangers_checkpoint_gets_one_clear_line(name, flag, how, finished, cli, tmp_path):
@@ -359,6 +383,45 @@ def test_a_strangers_checkpoint_gets_one_clear_line(name, flag, how, finished, c
     assert err.count("\n") == 1
     assert not (tmp_path / "executed").exists()
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("gamma", "0.99", "--gamma 0.99: must be float"),
+        ("num_envs", 4.0, "--num-envs 4.0: must be int"),
+        ("seed", None, "--seed None: must be int"),
+        ("time_limit", "5", "--time-limit 5: must be int or NoneType"),
+        ("loss", "l1", "--loss l1: must be mse or huber"),
+        ("hidden_size", 32, "its --hidden-size is 64"),  # the type is right, but last.pt holds another network
+        ("gamma", 0.9, "its --gamma is 0.99"),
+    ],
+)
+def test_an_edited_args_json_is_refused(name, value, message, finished, cli, tmp_path):
+    run = finished("dqn_cartpole", tmp_path / "run")
+    args = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps({**args, name: value}))
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    status, out, err = cli("--resume", run, "--total-timesteps", 2_000)
+    assert status == 2
+    assert message in err and "Traceback" not in out + err
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+@each_script
+def test_a_tracker_that_does_not_start_leaves_no_run(name, cli, tmp_path, monkeypatch):
+    package = tmp_path / "packages"
+    package.mkdir()
+    (package / "wandb.py").write_text("def init(**options):\n    raise RuntimeError('no API key: wandb login')\n")
+    monkeypatch.syspath_prepend(package)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    status, out, err = cli(
+        *words(options(name)), "--track", "wandb", "--run-dir", tmp_path / "run", script=f"{name}.py"
+    )
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert status == 2
+    assert "--track wandb: no API key: wandb login" in err and "Traceback" not in out + err
+    assert not (tmp_path / "run").exists()
 
 
 # --- NaN ---
@@ -444,6 +507,9 @@ ANY = [
     ("missing tracker", ["--track", "wandb"], "--track wandb: first: pip install wandb"),
     ("missing tracker too", ["--track", "swanlab"], "--track swanlab: first: pip install swanlab"),
     ("existing run directory", ["--run-dir", "."], "--run-dir ."),
+    ("directory name that no disk takes", ["--run-dir", "x" * 300], "File name too long"),
+    ("number beyond 64 bits", ["--total-timesteps", "1" + "0" * 400], "below 2^63"),
+    ("path in place of a module", ["--env-id", "./corridor:Corridor-v0"], "--env-id ./corridor:Corridor-v0"),
     ("unknown flag", ["--learning-rat", "0.1"], "--learning-rate"),
     ("word without a flag", ["something"], "something"),
     ("no such run", ["--resume", "nowhere"], "nowhere"),
@@ -483,6 +549,7 @@ ONLY = {
         ("no such optimizer", ["--optimizer", "sgd"], "--optimizer"),
         ("evaluation above 1", ["--eval-epsilon", "2"], "--eval-epsilon 2"),
         ("negative alpha", ["--rmsprop-alpha", "-1"], "--rmsprop-alpha -1"),
+        ("mean that grows", ["--rmsprop-alpha", "1.5"], "--rmsprop-alpha 1.5"),
     ],
     "dqn_lstm_cartpole": [
         ("velocities of another environment", ["--env-id", "Acrobot-v1"], "only CartPole has velocities to hide"),
