@@ -132,7 +132,7 @@ BUGS = [
         'next_frames[i] = infos[i]["terminal_observation"]', "pass", None),
     Bug("nobody-presses-fire", ATARI, "test_atari_env.py::test_each_life_of_an_evaluation_begins_with_fire",
         "FIRE is pressed for the agent while training, but not after a lost life of an evaluation",
-        "if not self.training and 0 < self.lives < lives:", "if False:", None),
+        "while not self.training and 0 < self.lives < lives:", "while False:", None),
     Bug("life-resets-the-game", ATARI,
         "test_atari_env.py::test_a_lost_life_does_not_reset_the_game_but_a_seed_does",
         "a lost life restarts the game, so that its later stages stay unseen; Gymnasium's AtariPreprocessing "

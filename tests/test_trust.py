@@ -472,7 +472,7 @@ def test_a_run_goes_on_where_nobody_reads_its_output(tmp_path):
 
 @each_script
 def test_a_loss_that_explodes_stops_the_run_at_its_step(name, tmp_path, cli, monkeypatch):
-    status, out, err = cli(*words(options(name, learning_rate=1e38, run_dir=tmp_path / "run")), script=f"{name}.py")
+    status, out, err = cli(*words(options(name, learning_rate=1e18, run_dir=tmp_path / "run")), script=f"{name}.py")
     assert status == 1
     assert "is not finite at step" in err and "Traceback" not in out + err
     if (tmp_path / "run" / "last.pt").exists():
