@@ -1184,7 +1184,11 @@ def parse_args() -> "Args":
 
 
 def main(network_class):
-    args = parse_args()
+    try:
+        args = parse_args()
+    except BrokenPipeError:  # nobody reads the help to its end, as behind `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     try:
         if args.play:
             play(args, network_class)

@@ -614,6 +614,12 @@ def test_a_refusal_takes_seconds_and_leaves_no_process(name, tmp_path):
     assert [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(tmp_path)] == []
 
 
+def test_help_may_be_cut_off(tmp_path):
+    command = f"'{sys.executable}' '{ROOT / 'dqn_cartpole.py'}' --help | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.stdout.startswith("usage: ") and done.stderr == ""
+
+
 def test_every_numeric_flag_refuses_what_is_below_its_range():
     """Whatever flag is added: -7 must be refused, by name, unless it is a return to reach."""
     for name in NAMES:
