@@ -614,10 +614,13 @@ def test_a_refusal_takes_seconds_and_leaves_no_process(name, tmp_path):
     assert [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(tmp_path)] == []
 
 
-def test_help_may_be_cut_off(tmp_path):
-    command = f"'{sys.executable}' '{ROOT / 'dqn_cartpole.py'}' --help | head -n 1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment(), timeout=60)
-    assert done.stdout.startswith("usage: ") and done.stderr == ""
+def test_help_may_be_cut_off():
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does, once it has its lines
+    command = [sys.executable, ROOT / "dqn_cartpole.py", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_every_numeric_flag_refuses_what_is_below_its_range():
