@@ -259,7 +259,7 @@ class AtariGame(gym.Wrapper):
         reward, terminated, truncated = self._repeat(action)
         # The next life, by the actions of reset() while training; there the stack begins anew as well, here it goes on.
         while not self.training and 0 < self.lives < lives:
-            lives = self.lives
+            lives = self.lives  # in a loop: these actions may lose another
             for start_action in (0, *self.start_actions):
                 if not self.game_over:
                     gained, terminated, truncated = self._repeat(start_action)

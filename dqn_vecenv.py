@@ -24,7 +24,7 @@ side, in this process (--vec-env dummy), in a process each (subproc, the default
     python dqn_vecenv.py --num-envs 4 --video                    # and a film of the best network
     python dqn_vecenv.py --env-id corridor:Corridor-v0           # an environment of your own: see the README
     python dqn_vecenv.py --time-limit -1                         # CartPole without its limit; evaluations end at 10,000
-    python dqn_vecenv.py --resume runs/NAME --total-timesteps 160000
+    python dqn_vecenv.py --resume runs/NAME --total-timesteps 160000      # the learning rate rises again
     python dqn_vecenv.py --play runs/NAME/best.pt --render
 
 Watch it with `tensorboard --logdir runs`.

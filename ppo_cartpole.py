@@ -42,7 +42,7 @@ Explained variance says little here: once every episode runs to the time limit t
 Why it is fast. On-policy learning needs no replay memory and no target network, and the rollout is the unit of work:
 the values of all its observations are one batch after it, and so are the probabilities of its actions; advantages are
 computed for all environments at once; a pass shuffles each column once; and Adam is one fused kernel. No distribution
-objects: sampling is four tensor operations. What remains is gradient steps, 70 % of the time.
+objects: sampling is four tensor operations. What remains is gradient steps, most of the time.
 
 Differences from the paper: as in the code that its authors released (openai/baselines, ppo2), weights start orthogonal,
 advantages are normalised in each minibatch, the value loss is halved, Adam's epsilon is 1e-5, and one norm of the
