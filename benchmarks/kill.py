@@ -3,10 +3,10 @@
     python benchmarks/kill.py --kills 200
 
 Each run writes a checkpoint every few steps, so that many kills fall into the writing of one. After each kill the
-checkpoint must load and must not be older than the one before; at the end the run is resumed without a kill, must end
-with status 0, and its progress.csv must hold every evaluation once. Writes benchmarks/results/kill/kill.csv, a row per
-script: kills; kills that came before the first checkpoint, so that the run began again; damaged checkpoints; steps back
-to before an earlier checkpoint; evaluations missing or doubled.
+checkpoint must load, must not be older than the one before, and progress.csv must hold the episodes and evaluations
+that it remembers. At the end the run is resumed without a kill and must end with status 0. Writes
+benchmarks/results/kill/kill.csv, a row per script: kills; kills before the first checkpoint, after which the run began
+again; damaged checkpoints; steps back to before an earlier checkpoint; rows of progress.csv that were lost or doubled.
 """
 
 import csv
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import torch
@@ -57,53 +58,70 @@ def start(script: str, *flags: str) -> subprocess.Popen:
     )
 
 
+def read(run_dir: Path) -> list[tuple[int, str, float]]:
+    """Return (step, metric, value) of each row of progress.csv; a kill may have cut off the last one."""
+    lines = (run_dir / "progress.csv").read_text().split("\n")[1:-1]
+    return [(int(step), metric, float(value)) for step, metric, value in csv.reader(lines)]
+
+
+def wrong_rows(rows: list[tuple[int, str, float]], checkpoint: dict) -> int:
+    """Return how many rows up to the checkpoint are not those that it remembers: too many, too few or in disorder."""
+    step, record = checkpoint["counts"]["global_step"], checkpoint["record"]
+    steps = [row[0] for row in rows if row[0] <= step]
+    returns = [value for at, metric, value in rows if at <= step and metric == "train/episode_return"]
+    evaluations = [(at, value) for at, metric, value in rows if at <= step and metric == "eval/return_mean"]
+    remembered = [(at, mean) for at, mean, _ in record["evaluations"]]
+    return sum(
+        [
+            sum(a != b for a, b in zip_longest(returns[-100:], record["returns"])),
+            sum(a != b for a, b in zip_longest(evaluations, remembered)),
+            sum(a > b for a, b in pairwise(steps)),
+        ]
+    )
+
+
 def torment(script: str, kills: int, rng: random.Random) -> dict:
     """Kill and resume a run this often, then let it end; return what was counted."""
-    counted = {
-        "script": script,
-        "kills": kills,
-        "began_again": 0,
-        "damaged": 0,
-        "steps_back": 0,
-        "evaluations_wrong": 0,
-    }
+    counted = dict.fromkeys(("kills", "began_again", "damaged", "steps_back", "rows_wrong"), 0)
+
+    def begin_or_resume(*flags: str) -> subprocess.Popen:
+        if (run_dir / "last.pt").exists():
+            return start(script, "--resume", str(run_dir), *flags)
+        shutil.rmtree(run_dir, ignore_errors=True)
+        return start(script, *FLAGS[script].split(), "--run-dir", str(run_dir), *flags)
+
     with tempfile.TemporaryDirectory() as folder:
         run_dir, newest = Path(folder, "run"), 0
         for _ in range(kills):
-            begin = not (run_dir / "last.pt").exists()
-            if begin:
-                shutil.rmtree(run_dir, ignore_errors=True)
-            flags = [*FLAGS[script].split(), "--run-dir", str(run_dir)] if begin else ["--resume", str(run_dir)]
-            process = start(script, *flags)
+            process = begin_or_resume()
             if not process.stdout.readline():
-                raise RuntimeError(f"{script} {' '.join(flags)}: {process.stderr.read()}")
+                raise RuntimeError(f"{script} does not begin: {process.stderr.read()}")
             time.sleep(rng.uniform(0, 1))
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+            counted["kills"] += 1
             if not (run_dir / "last.pt").exists():
                 counted["began_again"] += 1
                 continue
             try:
-                step = torch.load(run_dir / "last.pt", weights_only=True)["counts"]["global_step"]
+                checkpoint = torch.load(run_dir / "last.pt", weights_only=True)
             except Exception:  # whatever is wrong with the file
                 counted["damaged"] += 1
-                step = newest
-            counted["steps_back"] += step < newest
-            newest = step
+                continue
+            counted["rows_wrong"] += wrong_rows(read(run_dir), checkpoint)
+            counted["steps_back"] += checkpoint["counts"]["global_step"] < newest
+            newest = checkpoint["counts"]["global_step"]
         end = (newest // EVAL_EVERY + 2) * EVAL_EVERY
-        begin = not (run_dir / "last.pt").exists()
-        flags = [*FLAGS[script].split(), "--run-dir", str(run_dir)] if begin else ["--resume", str(run_dir)]
-        process = start(script, *flags, "--total-timesteps", str(end))
+        process = begin_or_resume("--total-timesteps", str(end))
         _, err = process.communicate()
         if process.returncode != 0:
             raise RuntimeError(f"{script} does not end: {err}")
-        with open(run_dir / "progress.csv") as file:
-            found = [
-                int(row["step"]) // EVAL_EVERY for row in csv.DictReader(file) if row["metric"] == "eval/return_mean"
-            ]
-        expected = list(range(1, end // EVAL_EVERY + 1))
-        counted["evaluations_wrong"] = len(set(expected) ^ set(found)) + len(found) - len(set(found))
-    return counted
+        rows = read(run_dir)
+        counted["rows_wrong"] += wrong_rows(rows, torch.load(run_dir / "last.pt", weights_only=True))
+        evaluated = [step // EVAL_EVERY for step, metric, _ in rows if metric == "eval/return_mean"]
+        expected = range(1, end // EVAL_EVERY + 1)
+        counted["rows_wrong"] += sum(a != b for a, b in zip_longest(evaluated, expected))
+    return {"script": script, **counted}
 
 
 def main():

@@ -1,8 +1,11 @@
-"""What the tests share: the scripts, and a way to run one as a user does."""
+"""What the tests share: the scripts, small runs of them, and a way to run one as a user does."""
 
+import csv
+import dataclasses
 import importlib
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +28,52 @@ for name in ("CI", "BUILD_NUMBER"):
     os.environ.pop(name, None)
 
 
+SMALL = {
+    "total_timesteps": 400,
+    "num_envs": 2,
+    "vec_env": "dummy",
+    "seed": 3,
+    "learning_starts": 100,
+    "train_frequency": 4,
+    "buffer_size": 1_000,
+    "batch_size": 16,
+    "num_steps": 50,  # of a rollout
+    "eval_every": 200,
+    "eval_episodes": 1,
+    "final_eval_episodes": 2,
+}
+
+
 def load(path: Path):
     return importlib.import_module(path.stem)
+
+
+def small(name: str, **changes) -> dict:
+    """Return flags for a run of less than a second, as far as the script has them."""
+    names = {field.name for field in dataclasses.fields(load(Path(name)).Args)}
+    flags = SMALL | {"dqn_atari": {"time_limit": 20}, "dqn_lstm_cartpole": {"train_frequency": 20}}.get(name, {})
+    return {name: value for name, value in flags.items() if name in names} | changes
+
+
+def words(flags: dict) -> list[str]:
+    """Return flags as they stand on a command line."""
+    return [str(word) for flag, value in flags.items() for word in (f"--{flag.replace('_', '-')}", value)]
+
+
+def train(name: str, run_dir: Path, **changes) -> dict:
+    """Run a script's train() with small flags; "resume" among the changes goes on with that run."""
+    module = load(Path(name))
+    return module.train(module.Args(**small(name, run_dir=str(run_dir), **changes)))
+
+
+def checkpoint_of(run_dir: Path, name: str = "last.pt") -> dict:
+    return torch.load(run_dir / name, weights_only=True)
+
+
+def rows_of(run_dir: Path) -> list[tuple[int, str, float]]:
+    """Return (step, metric, value) of each row of progress.csv."""
+    with open(run_dir / "progress.csv") as file:
+        return [(int(row["step"]), row["metric"], float(row["value"])) for row in csv.DictReader(file)]
 
 
 def environment() -> dict:
@@ -68,11 +115,18 @@ def cli(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         capsys.readouterr()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
             status = 0
         except SystemExit as stop:
             status = stop.code
-        return status, *capsys.readouterr()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        out, err = capsys.readouterr()
+        if isinstance(status, str):  # a message: Python prints it and exits with status 1
+            status, err = 1, f"{err}{status}\n"
+        return status, out, err
 
     return run

@@ -7,7 +7,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import toy_envs
+from gymnasium.envs.classic_control import CartPoleEnv
 
 import dqn_lstm_cartpole as lstm
 
@@ -48,7 +50,7 @@ def memories(monkeypatch):
 def rows_of(memory):
     """Return the transitions of each environment, oldest first: {environment: [{column: value}, ...]}."""
     slots = np.arange(max(0, memory.added - memory.capacity), memory.added) % memory.capacity
-    columns = {name: memory.columns[name][slots] for name in COLUMNS}
+    columns = {name: memory.columns[name].numpy()[slots] for name in COLUMNS}
     rows = [{name: column[i] for name, column in columns.items()} for i in range(len(slots))]
     return {env: rows[env :: memory.num_envs] for env in range(memory.num_envs)}
 
@@ -71,26 +73,19 @@ def test_velocities_are_hidden_and_the_last_action_is_shown():
     assert hidden.reset()[0].tolist()[2:] == [0, 0]
 
 
-@pytest.mark.parametrize("flags", [{}, {"hide": "none", "shaped_reward": True}])
-def test_what_is_known_of_cartpole_only_is_refused_elsewhere(flags):
-    with pytest.raises(ValueError, match="--hide none"):
-        lstm.Args(env_id="Acrobot-v1", **flags)
-    lstm.Args(env_id="Acrobot-v1", hide="none")
+gym.register("OtherCartPole-v0", entry_point=CartPoleEnv, max_episode_steps=100)
 
 
-def test_a_shaped_reward_changes_what_is_learned_from_and_no_return():
-    args = lstm.Args(shaped_reward=True)
-    plain, shaped, evaluation = gym.make("CartPole-v1"), lstm.make_env(args), lstm.make_env(args, evaluation=True)
-    for env in (plain, shaped, evaluation):
-        env.reset(seed=0)
-    steps, ended = 0, False
-    while not ended:
-        obs, _, ended, _, _ = plain.step(1)
-        _, reward, *_, info = shaped.step(1)
-        assert reward == pytest.approx(1 - abs(obs[0]) - abs(obs[2]) / 0.209)
-        assert evaluation.step(1)[1] == 1
-        steps += 1
-    assert info["episode"] == {"r": steps, "l": steps, "t": info["episode"]["t"]}
+@pytest.mark.parametrize("hide", ["velocity", "none"])
+@pytest.mark.parametrize("env_id, size", [("toy_envs:Positions-v0", 2), ("OtherCartPole-v0", 4), ("Acrobot-v1", 6)])
+def test_hide_has_no_effect_on_any_other_environment(env_id, size, hide):
+    env, plain = lstm.make_env(lstm.Args(env_id=env_id, hide=hide)), gym.make(env_id)
+    assert env.reset(seed=3)[0].tolist() == [*plain.reset(seed=3)[0].tolist(), *[0] * env.action_space.n]
+    assert env.step(1)[0][:size].tolist() == plain.step(1)[0].tolist()
+
+
+def test_cartpole_v0_hides_its_velocities_too():
+    assert lstm.make_env(lstm.Args(env_id="CartPole-v0")).reset(seed=3)[0].shape == (4,)
 
 
 def test_a_burn_in_that_would_leave_steps_without_loss_is_refused():
@@ -165,7 +160,7 @@ def random_memory(num_envs=3, capacity=60, transitions=150, end_rate=0.2, obs_di
         obs = np.stack([np.arange(num_envs), episodes, steps], axis=1).astype(np.float32)
         ended = rng.random(num_envs) < end_rate
         terminated = ended & (rng.random(num_envs) < 0.5)
-        states = np.broadcast_to(steps[:, None, None, None], (num_envs, *state_shape))
+        states = np.tile(steps[:, None, None, None], state_shape)
         memory.add(obs, steps % 2, steps / 4, obs + NEXT, terminated, steps, states)
         for env in np.flatnonzero(ended):
             ends[env, episodes[env]] = steps[env] + 1, terminated[env]
@@ -213,7 +208,7 @@ def test_a_sequence_is_no_copy_of_the_memory():
     batch = memory.sample(50, 3, 2, CPU)
     before = [column.clone() for column in batch]
     for column in memory.columns.values():
-        column.fill(7)
+        column.fill_(7)
     assert all(torch.equal(a, b) for a, b in zip(batch, before, strict=True))
 
 
@@ -231,6 +226,15 @@ def test_a_restored_memory_does_not_join_the_episodes_before_and_after(tmp_path)
     assert {0, 9} == set(episodes[3].tolist())
     assert (episodes[3:-1] == episodes[3])[batch.learn].all() and (episodes[4:] == episodes[3])[batch.learn].all()
     assert (episodes[:3, burned_in] == episodes[3, burned_in]).all() and burned_in.any() and not burned_in.all()
+
+
+@pytest.mark.parametrize("capacity, num_envs", [(300, 2), (600, 3), (150, 3), (1, 3)])
+def test_a_memory_of_another_shape_is_refused(capacity, num_envs):
+    state = random_memory(capacity=300, num_envs=3)[0].state_dict()
+    memory = lstm.ReplayMemory(capacity, num_envs, 3, (2, 1, 4))
+    with pytest.raises(ValueError, match="300 transitions of 3 environments"):
+        memory.load_state_dict(state)
+    assert memory.added == 0
 
 
 # --- The unrolled network ---
@@ -286,7 +290,7 @@ def test_the_control_is_as_wide_and_as_deep():
 def loss_of(network, batch, burn_in, n_step=1):
     with torch.no_grad():
         next_q_values = lstm.unroll(network, batch, burn_in)[1:]
-    return lstm.td_loss(lstm.unroll(network, batch, burn_in)[:-1], next_q_values, batch, 0.9, n_step, "mse")[0]
+    return lstm.td_loss(lstm.unroll(network, batch, burn_in)[:-1], next_q_values, batch, 0.9, n_step, F.mse_loss)[0]
 
 
 def test_no_gradient_from_burn_in_and_padding():
@@ -356,11 +360,14 @@ def test_each_environment_has_its_own_state_that_begins_with_the_episode(tmp_pat
             assert {row["steps"] for row in rows} >= {0, 1, 2, 3}
 
 
-def test_evaluation_carries_a_state_per_episode():
-    args = lstm.Args(env_id="toy_envs:Terminated-v0", hide="none")
+@pytest.mark.parametrize("num_envs", [1, 3, 16])
+def test_evaluation_carries_a_state_per_episode(num_envs):
+    """Each greedy action of StepCounter is the step, if the state was zero where the episode began."""
+    args = lstm.Args(env_id="toy_envs:Terminated-v0", num_envs=num_envs)
     env = lstm.make_env(args)
     returns = lstm.evaluate(args, StepCounter(env.observation_space, env.action_space, args), 7, seed=5)
-    lengths = [toy_envs.LENGTHS[number % 3] for number in range(5, 12)]
+    episodes = {1: [(0, 7)], 3: [(0, 2), (1, 2), (2, 3)], 16: [(i, 1) for i in range(7)]}[num_envs]  # of environment i
+    lengths = [toy_envs.LENGTHS[(5 + i + episode) % 3] for i, count in episodes for episode in range(count)]
     assert returns.tolist() == [sum(step + step / 2 for step in range(length)) for length in lengths]
 
 
@@ -479,11 +486,19 @@ def test_adam_gets_the_epsilon_of_the_task_or_the_given_one(flags, eps, tmp_path
     assert seen == {eps}
 
 
-def test_weight_decay_shrinks_the_weights(tmp_path):
-    plain, decayed = (
-        parameters_after(options(tmp_path / str(decay), **SHORT, weight_decay=decay)) for decay in (0.0, 1.0)
-    )
-    assert sum(w.square().sum() for w in decayed.values()) < sum(w.square().sum() for w in plain.values())
+@pytest.mark.parametrize("largest", [0.0, 1e-3])
+def test_the_gradient_is_clipped(largest, tmp_path, monkeypatch):
+    norms, step = [], torch.optim.Adam.step
+
+    def watched(optimizer):
+        grads = [parameter.grad.flatten() for parameter in optimizer.param_groups[0]["params"]]
+        norms.append(torch.cat(grads).norm().item())
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    lstm.train(options(tmp_path, **SHORT, max_grad_norm=largest))
+    assert len(norms) == (400 - 100) // 4
+    assert max(norms) == pytest.approx(1e-3, rel=0.01) if largest else min(norms) > 1e-3
 
 
 def test_resuming_restores_everything(tmp_path):
@@ -502,13 +517,29 @@ def test_resuming_restores_everything(tmp_path):
     assert torch.equal(before["torch_rng"], after["torch_rng"])
 
 
-def test_a_resumed_run_whose_environments_cannot_be_saved_begins_new_episodes(tmp_path, memories):
-    args = options(tmp_path, **{**SHORT, "env_id": "toy_envs:Engine-v0", "hide": "none"})
+def test_a_resumed_run_begins_new_episodes_and_no_sequence_joins_the_old_ones(tmp_path, memories):
+    args = options(tmp_path, **{**SHORT, "env_id": "toy_envs:Constant-v0", "time_limit": 60})
     lstm.train(args)
     result = lstm.train(replace(args, run_dir="", resume=args.run_dir, total_timesteps=500))
     assert (result["global_step"], result["gradient_steps"]) == (500, (500 - 100) // 4)
-    for rows in rows_of(memories[-1]).values():
-        assert rows[200]["steps"] == 0 and not rows[200]["states"].any()
+    memory = memories[-1]
+    for rows in rows_of(memory).values():
+        assert [row["steps"] for row in rows[195:205]] == [15, 16, 17, 18, 19, 0, 1, 2, 3, 4]
+        assert [bool(row["states"].any()) for row in rows[195:205]] == [step != 200 for step in range(195, 205)]
+    memory.columns["rewards"][:] = torch.arange(memory.capacity) // 2  # each tells its row
+    batch = memory.sample(2_000, 6, 3, CPU)
+    first, last = batch.rewards[0], (batch.rewards * batch.learn).amax(0)
+    started = first - 3 * batch.burned_in  # the row from which it is read
+    assert {195, 199, 200, 203} <= set(first.tolist())
+    assert ((started >= 200) == (last >= 200)).all()
+
+
+@pytest.mark.parametrize("flag", ["num_envs", "buffer_size"])
+def test_a_run_does_not_go_on_with_a_memory_of_another_shape(flag, tmp_path):
+    args = options(tmp_path, **SHORT)
+    lstm.train(args)
+    with pytest.raises(lstm.UsageError, match=r"last\.pt cannot be used: its memory holds 1,000 transitions of 2 environ"):
+        lstm.train(replace(args, run_dir="", resume=args.run_dir, **{flag: 4}))
 
 
 # --- The TD target ---
@@ -548,7 +579,7 @@ def test_n_step_targets_by_hand(n_step):
         torch.randn(length, sequences, generator=rng),
     )
     batch = lstm.Batch(None, None, None, learn, actions, rewards, terminated)
-    loss, q_taken = lstm.td_loss(q_values, next_q_values, batch, 0.9, n_step, "mse")
+    loss, q_taken = lstm.td_loss(q_values, next_q_values, batch, 0.9, n_step, F.mse_loss)
 
     errors, taken = [], q_values.gather(2, actions[..., None])[..., 0]
     for i in range(sequences):
@@ -560,7 +591,7 @@ def test_n_step_targets_by_hand(n_step):
     assert loss.item() == pytest.approx(np.mean(errors), rel=1e-5)
     # Padding that holds anything else changes nothing.
     noisy = batch._replace(rewards=torch.where(learn, rewards, 99.0))
-    assert lstm.td_loss(q_values, next_q_values, noisy, 0.9, n_step, "mse")[0] == loss
+    assert lstm.td_loss(q_values, next_q_values, noisy, 0.9, n_step, F.mse_loss)[0] == loss
 
 
 # --- What both networks remember ---

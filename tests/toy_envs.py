@@ -1,10 +1,13 @@
 """Environments small enough to know everything about; ids such as toy_envs:Mixed-v0."""
 
+import multiprocessing
 import os
+import random
 from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.classic_control import CartPoleEnv
 
 
 class Counting(gym.Env):
@@ -89,24 +92,9 @@ class Cue(gym.Env):
 
 
 class Image(Constant):
-    observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
-
-
-class Crashing(Constant):
-    """Takes its process with it after 50 steps, if its seed is even: one of two environments in a row."""
-
-    steps = 0
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.even = seed % 2 == 0
-        return super().reset(seed=seed)
-
-    def step(self, action):
-        self.steps += 1
-        if self.even and self.steps == 50:
-            os._exit(1)
-        return super().step(action)
+    def __init__(self, shape=(8, 8, 3), dtype=np.uint8, render_mode=None):
+        super().__init__(render_mode)
+        self.observation_space = gym.spaces.Box(0, 255, shape, dtype)
 
 
 class Raising(Constant):
@@ -150,13 +138,6 @@ class NanReset(Constant):
         return obs * (np.nan if self.resets == self.which else 1), info
 
 
-class Unready(Constant):
-    """Raises an error at its first step."""
-
-    def step(self, action):
-        raise ZeroDivisionError("the toy was not ready")
-
-
 class Blank(Constant):
     """Says that it can draw itself, and draws nothing."""
 
@@ -166,12 +147,285 @@ class Blank(Constant):
         return None
 
 
-class Engine(Constant):
-    """Holds something that is more than data, as a physics engine would be."""
+# --- As users write them, with one trait each: see test_user_envs.py ---
+
+
+class Walk(gym.Env):
+    """Starts at 0; action 1 goes an eighth to the right, 0 to the left; each step earns 1. Six steps terminate it."""
+
+    observation_space = gym.spaces.Box(-10, 10, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.steps = 0.0, 0
+        return self.first(), {}
+
+    def first(self):
+        return np.array([self.x], np.float32)
+
+    def see(self):
+        return np.array([self.x], np.float32)
+
+    def step(self, action):
+        self.x += 0.125 if action == 1 else -0.125
+        self.steps += 1
+        return self.see(), 1.0, self.steps == 6, False, {}
+
+
+class Forms(Walk):
+    """Its observations come in another form at each reset and each step."""
+
+    first_forms = (lambda x: np.array([x], np.int64), lambda x: np.array([[x]], np.int64), int, lambda x: [int(x)])
+    forms = (lambda x: np.array([[x]]), np.float32, lambda x: [x], float)
+    episode = -1
+
+    def first(self):
+        self.episode += 1
+        return self.first_forms[self.episode % len(self.first_forms)](self.x)
+
+    def see(self):
+        return self.forms[self.steps % len(self.forms)](self.x)
+
+
+class Fractions(Walk):
+    """Its space holds bytes, and its observations are fractions."""
+
+    observation_space = gym.spaces.Box(0, 255, (1,), np.uint8)
+
+
+class OneInfo(Walk):
+    """Has one info dict for its whole life, emptied in reset, with entries whose names are taken."""
+
+    def __init__(self):
+        self.info = {}
+
+    def reset(self, *, seed=None, options=None):
+        self.info.clear()
+        return super().reset(seed=seed)[0], self.info
+
+    def step(self, action):
+        self.info |= {"episode": 7.0, "TimeLimit.truncated": True}
+        return *super().step(action)[:4], self.info
+
+
+def with_statistics():
+    return gym.wrappers.RecordEpisodeStatistics(Walk())
+
+
+class GlobalRandom(Walk):
+    """Draws from random and from np.random."""
+
+    observation_space = gym.spaces.Box(0, 1, (2,), np.float32)
+
+    def first(self):
+        return self.see()
+
+    def see(self):
+        return np.array([random.random(), np.random.rand()], np.float32)
+
+
+class Samples(Walk):
+    """Draws from its own spaces, whose generators reset(seed=seed) does not touch."""
+
+    def __init__(self):
+        self.observation_space = gym.spaces.Box(0, 1, (2,), np.float32)
+        self.action_space = gym.spaces.Discrete(1_000)
+
+    def first(self):
+        return self.observation_space.sample()
+
+    def see(self):
+        return self.observation_space.sample() * np.float32([1, 0]) + np.float32(
+            [0, self.action_space.sample() / 1_000]
+        )
+
+
+class IntSeed(Walk):
+    """Hands its seed to something that takes a C int; `seeds` holds those that came."""
+
+    seeds: ClassVar[list] = []
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.seeds.append(int(np.int32(seed)))
+        return super().reset(seed=seed)
+
+
+class Counted(Walk):
+    """Counts how many of it there are, and how many there were at most."""
+
+    alive = most = 0
+
+    def __init__(self):
+        Counted.alive += 1
+        Counted.most = max(Counted.most, Counted.alive)
+
+    def close(self):
+        Counted.alive -= 1
+
+
+class Item(Walk):
+    """Written for what action_space.sample() gives."""
+
+    def step(self, action):
+        return super().step(action.item())
+
+
+class StartsAtOne(Walk):
+    action_space = gym.spaces.Discrete(2, start=1)
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        return super().step(action - 1)
+
+
+class Aliases(Walk):
+    """A board and a flat view of it, a list that two names share, and a list that holds itself."""
+
+    observation_space = gym.spaces.Box(0, 20, (2,), np.float32)
+
+    def __init__(self):
+        self.board = np.zeros((3, 3), np.float32)
+        self.cells = self.board.reshape(-1)  # the same memory
+        self.body = [[0], [0]]
+        self.head = self.body[-1]  # the same list
+        self.ring = []
+        self.ring.append(self.ring)
+
+    def first(self):
+        self.board[:] = self.head[0] = 0
+        return self.see()
+
+    def see(self):
+        self.cells[self.steps] += 1
+        self.head[0] += 1
+        assert self.board.sum() == self.body[-1][0] == self.steps + 1, "the views have come apart"
+        return np.array([self.board.sum(), self.body[-1][0]], np.float32)
+
+
+class Table(Walk):
+    """Holds 4 MB of data."""
+
+    def __init__(self):
+        self.table = np.random.default_rng(0).normal(size=500_000)
+
+
+class Mixture(Walk):
+    """Observations of several kinds in one; `shown` is the last one."""
+
+    observation_space = gym.spaces.Dict(
+        {
+            "buttons": gym.spaces.MultiBinary(3),
+            "cards": gym.spaces.MultiDiscrete([2, 3]),
+            "pair": gym.spaces.Tuple((gym.spaces.Discrete(3), gym.spaces.Box(0, 1, (2, 2), np.float32))),
+        }
+    )
+
+    def first(self):
+        return self.see()
+
+    def see(self):
+        self.shown = self.observation_space.sample()
+        return self.shown
+
+
+class Matrix(Walk):
+    observation_space = gym.spaces.Box(0, 1, (2, 3), np.float64)
+
+    def first(self):
+        return self.see()
+
+    def see(self):
+        self.shown = self.np_random.random((2, 3))
+        return self.shown
+
+
+class Positions(CartPoleEnv):
+    """CartPole that shows two of its four numbers."""
 
     def __init__(self, render_mode=None):
-        super().__init__(render_mode)
-        self.engine = object()
+        super().__init__(render_mode=render_mode)
+        self.observation_space = gym.spaces.Box(-10, 10, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        return obs[[0, 2]], info
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return obs[[0, 2]], *rest
+
+
+class BrokenInit(Walk):
+    """Has an error in what its __init__ calls."""
+
+    def __init__(self):
+        self.limits = self.read(None)
+
+    def read(self, table):
+        return table["limits"]
+
+
+class Raises(Walk):
+    """Raises this error at its 60th step."""
+
+    count = 0
+
+    def __init__(self, error):
+        self.error = error
+
+    def step(self, action):
+        self.count += 1
+        if self.count == 60:
+            raise self.error
+        return super().step(action)
+
+
+class Huge(Walk):
+    """Gives rewards whose squares are too large for float32."""
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, reward * 1e30, *rest
+
+
+class Signals(Walk):
+    """Sends the signals $TOY_SIGNALS to its main process and all of that one's group, as a terminal does.
+
+    It does so at its 150th step, if its seed is even: one of two environments in a row.
+    """
+
+    count = 0
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.even = seed % 2 == 0
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self.count += 1
+        if self.even and self.count == 150:
+            in_worker = multiprocessing.parent_process() is not None  # the fork server stays in the group
+            for number in os.environ["TOY_SIGNALS"].split():
+                os.killpg(os.getpgid(os.getppid() if in_worker else 0), int(number))
+        return super().step(action)
+
+
+class LongFilm(Walk):
+    """Draws a small picture in each of its 3,000 steps."""
+
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array", "human"], "render_fps": 30}
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def step(self, action):
+        obs, reward, _, truncated, info = super().step(action)
+        return obs, reward, self.steps == 3_000, truncated, info
+
+    def render(self):
+        return np.zeros((16, 16, 3), np.uint8)
 
 
 LENGTHS = (3, 4, 5)
@@ -187,12 +441,19 @@ for name, options in COUNTING.items():
     gym.register(name, entry_point=Counting, disable_env_checker=True, **options)
 gym.register("Constant-v0", entry_point=Constant, disable_env_checker=True, max_episode_steps=5)
 gym.register("Cue-v0", entry_point=Cue, disable_env_checker=True)
-gym.register("Crashing-v0", entry_point=Crashing, disable_env_checker=True, max_episode_steps=5)
 gym.register("Raising-v0", entry_point=Raising, disable_env_checker=True, max_episode_steps=5)
 gym.register("NotANumber-v0", entry_point=NotANumber, disable_env_checker=True, max_episode_steps=5)
-gym.register("Engine-v0", entry_point=Engine, disable_env_checker=True, max_episode_steps=5)
 gym.register("Image-v0", entry_point=Image, disable_env_checker=True, max_episode_steps=5)
-gym.register("Unready-v0", entry_point=Unready, disable_env_checker=True, max_episode_steps=5)
 gym.register("Blank-v0", entry_point=Blank, disable_env_checker=True, max_episode_steps=5)
 for name, which in {"NanFirst-v0": 1, "NanLater-v0": 30}.items():
     gym.register(name, entry_point=NanReset, disable_env_checker=True, max_episode_steps=5, kwargs={"which": which})
+for entry_point in (
+    *(Walk, Forms, Fractions, OneInfo, GlobalRandom, Samples, IntSeed, Counted, Item, StartsAtOne, Aliases, Table),
+    *(Mixture, Matrix, Positions, BrokenInit, Huge, Signals, LongFilm),
+):
+    gym.register(f"{entry_point.__name__}-v0", entry_point=entry_point)
+gym.register("WithStatistics-v0", entry_point=with_statistics)
+gym.register("Grey-v0", entry_point=Image, kwargs={"shape": (84, 84)})
+gym.register("FloatImage-v0", entry_point=Image, kwargs={"dtype": np.float32})
+for error in (RuntimeError("no slot could be allocated"), FloatingPointError("a division"), ValueError("my own")):
+    gym.register(f"{type(error).__name__}-v0", entry_point=Raises, kwargs={"error": error})
