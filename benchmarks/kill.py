@@ -5,14 +5,13 @@
 Each run writes a checkpoint every few steps, so that many kills fall into the writing of one. After each kill the
 checkpoint must load, must not be older than the one before, and progress.csv must hold the episodes and evaluations
 that it remembers. At the end the run is resumed without a kill and must end with status 0. Writes
-benchmarks/results/kill/kill.csv, a row per script: kills; kills before the first checkpoint, after which the run began
-again; damaged checkpoints; steps back to before an earlier checkpoint; rows of progress.csv that were lost or doubled.
+benchmarks/results/kill/kill.csv, a row per script: kills; damaged checkpoints; steps back to before an earlier
+checkpoint; rows of progress.csv that were lost or doubled.
 """
 
 import csv
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -82,27 +81,22 @@ def wrong_rows(rows: list[tuple[int, str, float]], checkpoint: dict) -> int:
 
 def torment(script: str, kills: int, rng: random.Random) -> dict:
     """Kill and resume a run this often, then let it end; return what was counted."""
-    counted = dict.fromkeys(("kills", "began_again", "damaged", "steps_back", "rows_wrong"), 0)
-
-    def begin_or_resume(*flags: str) -> subprocess.Popen:
-        if (run_dir / "last.pt").exists():
-            return start(script, "--resume", str(run_dir), *flags)
-        shutil.rmtree(run_dir, ignore_errors=True)
-        return start(script, *FLAGS[script].split(), "--run-dir", str(run_dir), *flags)
-
+    counted = dict.fromkeys(("kills", "damaged", "steps_back", "rows_wrong"), 0)
     with tempfile.TemporaryDirectory() as folder:
         run_dir, newest = Path(folder, "run"), 0
+        flags = [*FLAGS[script].split(), "--run-dir", str(run_dir)]
         for _ in range(kills):
-            process = begin_or_resume()
-            if not process.stdout.readline():
-                raise RuntimeError(f"{script} does not begin: {process.stderr.read()}")
+            process = start(script, *flags)
+            began = process.stdout.readline()
+            while began and not (run_dir / "last.pt").exists() and process.poll() is None:  # nothing to lose yet
+                time.sleep(0.01)
+            if not began or process.poll() is not None:
+                raise RuntimeError(f"{script} {' '.join(flags)}: {process.stderr.read()}")
             time.sleep(rng.uniform(0, 1))
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             counted["kills"] += 1
-            if not (run_dir / "last.pt").exists():
-                counted["began_again"] += 1
-                continue
+            flags = ["--resume", str(run_dir)]
             try:
                 checkpoint = torch.load(run_dir / "last.pt", weights_only=True)
             except Exception:  # whatever is wrong with the file
@@ -112,7 +106,7 @@ def torment(script: str, kills: int, rng: random.Random) -> dict:
             counted["steps_back"] += checkpoint["counts"]["global_step"] < newest
             newest = checkpoint["counts"]["global_step"]
         end = (newest // EVAL_EVERY + 2) * EVAL_EVERY
-        process = begin_or_resume("--total-timesteps", str(end))
+        process = start(script, *flags, "--total-timesteps", str(end))
         _, err = process.communicate()
         if process.returncode != 0:
             raise RuntimeError(f"{script} does not end: {err}")

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import checkpoint_of, rows_of
 
 import ppo_cartpole as ppo
 
@@ -75,14 +76,14 @@ def test_losses_refuse_to_broadcast():
     with pytest.raises(AssertionError):
         ppo.ppo_loss(row, row, column, 0.2)
     with pytest.raises(AssertionError):
-        ppo.value_loss(column, row, row, None)
+        ppo.critic_loss(column, row, row, None)
 
 
-def test_value_losses_by_hand():
+def test_critic_losses_by_hand():
     values, old_values, returns = torch.tensor([1.0, 5.0]), torch.tensor([0.0, 5.0]), torch.tensor([1.0, 3.0])
-    assert ppo.value_loss(values, old_values, returns, None).item() == pytest.approx(0.5 * (0 + 4) / 2)
+    assert ppo.critic_loss(values, old_values, returns, None).item() == pytest.approx(0.5 * (0 + 4) / 2)
     # Clipped to 0.2 the first value is off by 0.8: the worse of the two errors counts.
-    assert ppo.value_loss(values, old_values, returns, 0.2).item() == pytest.approx(0.5 * (0.64 + 4) / 2)
+    assert ppo.critic_loss(values, old_values, returns, 0.2).item() == pytest.approx(0.5 * (0.64 + 4) / 2)
 
 
 def test_log_probs_and_entropy_equal_those_of_a_distribution():
@@ -91,13 +92,6 @@ def test_log_probs_and_entropy_equal_those_of_a_distribution():
     expected = torch.distributions.Categorical(logits=logits)
     torch.testing.assert_close(log_probs, expected.log_prob(actions))
     torch.testing.assert_close(entropy, expected.entropy())
-
-
-def test_actions_are_drawn_from_the_softmax():
-    torch.manual_seed(0)
-    probabilities = torch.tensor([0.7, 0.2, 0.1])
-    actions = ppo.sample_actions(probabilities.log().expand(20_000, 3))
-    assert (torch.bincount(actions) / 20_000).tolist() == pytest.approx(probabilities.tolist(), abs=0.02)
 
 
 def test_the_initial_policy_is_uniform_and_the_weights_are_orthogonal():
@@ -115,17 +109,6 @@ def test_the_initial_policy_is_uniform_and_the_weights_are_orthogonal():
     assert network.value(obs).shape == (100,)
 
 
-def test_normalised_advantages():
-    normalised = ppo.normalise(torch.tensor([1.0, 5.0, 9.0]))
-    assert normalised.tolist() == pytest.approx([-1, 0, 1], abs=1e-5)
-
-
-def test_explained_variance():
-    returns = np.array([1.0, 2.0, 3.0])
-    assert ppo.explained_variance(returns, returns) == 1.0
-    assert ppo.explained_variance(np.full(3, 9.0), returns) == pytest.approx(0.0)
-
-
 # --- Training ---
 
 
@@ -134,6 +117,20 @@ def options(tmp_path, **changes):
     flags = {"num_envs": 4, "num_steps": 6, "num_minibatches": 3, "update_epochs": 2, "total_timesteps": 72}
     quick = {"eval_every": 10**6, "eval_episodes": 1, "final_eval_episodes": 1, "hidden_size": 8}
     return ppo.Args(**{**flags, **quick, "run_dir": str(tmp_path / "run"), **changes})
+
+
+def test_actions_are_drawn_from_the_softmax(tmp_path, monkeypatch):
+    probabilities, taken = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]), []
+    monkeypatch.setattr(
+        ppo.ActorCritic, "forward", lambda network, obs: 0 * network.actor(obs) + 3 + probabilities.log()
+    )
+    original = ppo.log_probs_and_entropy
+    monkeypatch.setattr(ppo, "log_probs_and_entropy", lambda p, actions: taken.append(actions) or original(p, actions))
+    flags = {"num_envs": 100, "num_steps": 60, "total_timesteps": 6_000, "update_epochs": 1, "num_minibatches": 1}
+    ppo.train(options(tmp_path, env_id="toy_envs:Terminated-v0", **flags))
+    assert (torch.bincount(taken[0]) / 6_000).tolist() == pytest.approx(probabilities.tolist(), abs=0.03)
+    first, second, *_ = taken[0].reshape(60, 100).T
+    assert (first == second).float().mean() < 0.7  # each environment draws for itself
 
 
 def test_the_ratio_is_one_in_the_first_minibatch_of_a_rollout(tmp_path, monkeypatch):
@@ -155,7 +152,7 @@ def test_the_ratio_is_one_in_the_first_minibatch_of_a_rollout(tmp_path, monkeypa
 
 def losses_seen(monkeypatch):
     """Return a list to which every minibatch appends what its losses were given, as {name: value}."""
-    seen, policy_loss, value_loss = [], ppo.ppo_loss, ppo.value_loss
+    seen, policy_loss, critic_loss = [], ppo.ppo_loss, ppo.critic_loss
 
     def spy_on_policy(log_probs, old_log_probs, advantages, clip_coef):
         seen.append({"old_log_probs": old_log_probs, "advantages": advantages, "clip_coef": clip_coef})
@@ -163,10 +160,10 @@ def losses_seen(monkeypatch):
 
     def spy_on_value(values, old_values, returns, clip_coef):
         seen[-1] |= {"old_values": old_values, "returns": returns, "value_clip": clip_coef}
-        return value_loss(values, old_values, returns, clip_coef)
+        return critic_loss(values, old_values, returns, clip_coef)
 
     monkeypatch.setattr(ppo, "ppo_loss", spy_on_policy)
-    monkeypatch.setattr(ppo, "value_loss", spy_on_value)
+    monkeypatch.setattr(ppo, "critic_loss", spy_on_value)
     return seen
 
 
@@ -194,7 +191,6 @@ def test_every_sample_is_seen_once_per_epoch_and_its_columns_stay_together(tmp_p
 
 
 def test_old_log_probs_and_actions_belong_to_the_observations(tmp_path, monkeypatch):
-    # In toy_envs:Terminated-v0 an observation holds the last action; so the actions can be read from the next one.
     batches, original = [], ppo.log_probs_and_entropy
 
     def spy(logits, actions):
@@ -206,7 +202,7 @@ def test_old_log_probs_and_actions_belong_to_the_observations(tmp_path, monkeypa
     def recording(args):
         envs = make_envs(args)
         step = envs.step
-        envs.step = lambda actions: stepped.append(actions.copy()) or step(actions)
+        envs.step = lambda actions: stepped.append(list(actions)) or step(actions)
         return envs
 
     monkeypatch.setattr(ppo, "log_probs_and_entropy", spy)
@@ -302,14 +298,10 @@ def test_a_timeout_adds_the_value_of_the_observation_that_it_cut_off(tmp_path, m
     np.testing.assert_allclose(np.concatenate(rewards), np.array(raw) + 0.5 * 4 * truncated)
 
 
-@pytest.mark.parametrize("num_minibatches", [24, 5])
+@pytest.mark.parametrize("num_minibatches", [24, 5, 48])
 def test_minibatches_that_cannot_work_are_refused(tmp_path, num_minibatches):
     with pytest.raises(ValueError, match="--num-minibatches"):
         options(tmp_path, num_minibatches=num_minibatches)
-
-
-def test_a_minibatch_of_one_sample_works_without_normalisation(tmp_path):
-    assert ppo.train(options(tmp_path, num_minibatches=24, norm_advantages=False))["gradient_steps"] == 3 * 2 * 24
 
 
 def test_the_entropy_bonus_raises_entropy(tmp_path):
@@ -317,8 +309,7 @@ def test_the_entropy_bonus_raises_entropy(tmp_path):
         flags = {"env_id": "toy_envs:Terminated-v0", "learning_rate": 3e-2, "entropy_coef": coefficient}
         path = tmp_path / name
         ppo.train(options(path, total_timesteps=24 * 60, **flags))
-        rows = (path / "run" / "progress.csv").read_text().splitlines()
-        return float([row for row in rows if "train/entropy" in row][-1].split(",")[-1])
+        return [value for _, metric, value in rows_of(path / "run") if metric == "train/entropy"][-1]
 
     # The reward grows with the action, so that without a bonus the policy settles on the last of five.
     assert final_entropy(10.0, "with") > 1.5 > 1.2 > final_entropy(0.0, "without")
@@ -339,7 +330,7 @@ def learned_value(tmp_path):
     ppo.train(args)
     env = ppo.make_env(args)
     network = ppo.ActorCritic(env.observation_space, env.action_space, args)
-    network.load_state_dict(ppo.load_checkpoint(tmp_path / "run" / "last.pt")["network"])
+    ppo.load_checkpoint(tmp_path / "run" / "last.pt", network=network)
     return network.value(torch.ones(1, 1)).item()
 
 
@@ -375,7 +366,7 @@ def test_target_kl_ends_the_epochs_early(tmp_path):
 def trained(tmp_path, name, **changes):
     """Return all parameters after a short run, in one vector."""
     ppo.train(options(tmp_path / name, **changes))
-    network = ppo.load_checkpoint(tmp_path / name / "run" / "last.pt")["network"]
+    network = checkpoint_of(tmp_path / name / "run")["network"]
     return torch.cat([tensor.flatten() for tensor in network.values()])
 
 
@@ -417,14 +408,27 @@ def test_what_is_logged_is_of_the_last_minibatch(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ppo, "ppo_loss", spy)
     ppo.train(options(tmp_path, learning_rate=0.1, clip_coef=0.05, anneal_clip=False))
-    rows = (row.split(",") for row in (tmp_path / "run" / "progress.csv").read_text().splitlines()[1:])
-    logged = {metric: float(value) for _, metric, value in rows}  # the last of each metric
+    logged = {metric: value for _, metric, value in rows_of(tmp_path / "run")}  # the last of each metric
     log_ratio, loss, clip_coef = log_ratios[-1]
     outside = ((log_ratio.exp() < 1 - clip_coef) | (log_ratio.exp() > 1 + clip_coef)).float().mean().item()
     assert 0 < outside < 1 and outside != 0.5
     assert logged["train/clip_fraction"] == pytest.approx(outside)
     assert logged["train/approx_kl"] == pytest.approx(ppo.approx_kl(log_ratio))
     assert logged["train/policy_loss"] == pytest.approx(loss)
+
+
+def test_explained_variance_is_of_the_rollout(tmp_path, monkeypatch):
+    rollouts, compute_gae = [], ppo.compute_gae
+
+    def spy(rewards, values, *rest):
+        advantages, returns = compute_gae(rewards, values, *rest)
+        rollouts.append(1 - np.var(returns - values[:-1]) / np.var(returns))
+        return advantages, returns
+
+    monkeypatch.setattr(ppo, "compute_gae", spy)
+    ppo.train(options(tmp_path))
+    logged = [value for _, metric, value in rows_of(tmp_path / "run") if metric == "train/explained_variance"]
+    assert len(logged) == 3 and logged == pytest.approx(rollouts, abs=1e-5)
 
 
 def test_it_learns_cartpole(tmp_path):
@@ -443,7 +447,7 @@ def test_a_norm_of_0_does_not_clip(tmp_path):
 
 def test_all_columns_of_a_minibatch_are_of_the_same_transitions(tmp_path, monkeypatch):
     # With gamma 0 a return is one reward, and in this environment that is the step plus half the action.
-    value, value_loss, log_probs_and_entropy = ppo.ActorCritic.value, ppo.value_loss, ppo.log_probs_and_entropy
+    value, critic_loss, log_probs_and_entropy = ppo.ActorCritic.value, ppo.critic_loss, ppo.log_probs_and_entropy
     last, checked = {}, []
 
     def spy_on_value(network, obs):
@@ -454,13 +458,13 @@ def test_all_columns_of_a_minibatch_are_of_the_same_transitions(tmp_path, monkey
         last["actions"] = actions
         return log_probs_and_entropy(logits, actions)
 
-    def spy_on_value_loss(values, old_values, returns, clip_coef):
+    def spy_on_critic_loss(values, old_values, returns, clip_coef):
         torch.testing.assert_close(returns, last["obs"][:, 2] + last["actions"] / 2)
         checked.append(len(returns))
-        return value_loss(values, old_values, returns, clip_coef)
+        return critic_loss(values, old_values, returns, clip_coef)
 
     monkeypatch.setattr(ppo.ActorCritic, "value", spy_on_value)
     monkeypatch.setattr(ppo, "log_probs_and_entropy", spy_on_log_probs)
-    monkeypatch.setattr(ppo, "value_loss", spy_on_value_loss)
+    monkeypatch.setattr(ppo, "critic_loss", spy_on_critic_loss)
     ppo.train(options(tmp_path, env_id="toy_envs:Terminated-v0", gamma=0.0))
     assert checked == [8] * 3 * 2 * 3  # rollouts * epochs * minibatches

@@ -108,9 +108,8 @@ def start(tmp_path):
 
 @each_script
 def test_killed_at_random_moments_nothing_is_lost(name):
-    counted = kill.torment(f"{name}.py", kills=2, rng=random.Random(name))
-    assert counted["kills"] > counted["began_again"]
-    assert (counted["damaged"], counted["steps_back"], counted["rows_wrong"]) == (0, 0, 0)
+    counted = kill.torment(f"{name}.py", kills=1, rng=random.Random(name))
+    assert counted == {"script": f"{name}.py", "kills": 1, "damaged": 0, "steps_back": 0, "rows_wrong": 0}
 
 
 IN_PLACE = """
@@ -408,20 +407,8 @@ def test_a_script_pasted_into_a_notebook_waits_to_be_called(name, tmp_path, monk
     cell = {"__name__": "__main__"}
     exec((ROOT / f"{name}.py").read_text(), cell)
     assert list(tmp_path.iterdir()) == []
-    assert cell["train"](cell["Args"](**small(name)))["global_step"] == 400
-
-
-NOTEBOOK = """
-import json, sys
-cell = {"__name__": "__main__"}
-exec(open(sys.argv[1]).read(), cell)
-print(cell["train"](cell["Args"](**json.loads(sys.argv[2])))["global_step"])
-"""
-
-
-def test_a_notebook_starts_workers(python):
-    done = python("-c", NOTEBOOK, ROOT / "dqn_vecenv.py", json.dumps(small("dqn_vecenv", vec_env="subproc")))
-    assert done.stdout.endswith("400\n"), done.stderr
+    flags = small(name, vec_env="subproc" if name == "dqn_vecenv" else "dummy")
+    assert cell["train"](cell["Args"](**flags))["global_step"] == 400
 
 
 def test_two_runs_in_the_same_second_have_two_directories(tmp_path, monkeypatch):
@@ -455,7 +442,7 @@ def test_a_film_of_a_long_episode_ends_after_1500_frames(name, tmp_path, monkeyp
     )
     flags = {"env_id": "toy_envs:LongFilm-v0", "video": True, "eval_every": 10_000, "final_eval_episodes": 1}
     train(name, tmp_path / "run", **flags)
-    assert len(films) == 1 and 1_000 < films[0] <= 1_500
+    assert len(films) == 1 and 1_400 < films[0] <= 1_500
 
 
 def test_a_window_needs_a_screen(finished, cli, tmp_path, monkeypatch):

@@ -139,9 +139,10 @@ def test_two_runs_of_one_seed_are_equal_whatever_is_drawn_from(name, vec_env, en
 
 @each_script
 def test_every_seed_fits_into_a_c_int_and_no_episode_is_seen_twice(name, tmp_path, monkeypatch):
+    changes = {"total_timesteps": 24, "eval_every": 20, "eval_episodes": 3, "final_eval_episodes": 3}
+    changes |= {"num_steps": 10} if name == "ppo_cartpole" else {"learning_starts": 20}
     for seed in range(1, 13):
         monkeypatch.setattr(toy_envs.IntSeed, "seeds", [])
-        changes = {"total_timesteps": 110, "eval_every": 100, "eval_episodes": 3, "final_eval_episodes": 3}
         train(name, tmp_path / str(seed), env_id="toy_envs:IntSeed-v0", seed=seed, **changes)
         seeds = toy_envs.IntSeed.seeds  # two for training, two in an evaluation, twice two at the end
         assert len(set(seeds)) >= 6 and all(0 <= value < 2**31 - 1_000 for value in seeds)

@@ -291,7 +291,8 @@ def test_a_killed_worker_ends_the_run(running, tmp_path):
 def test_ctrl_c_saves_and_ends_all_processes_where_workers_are_spawned(running, tmp_path):
     process, children = running
     for worker in workers_of(process):
-        worker.send_signal(signal.SIGINT)  # is for the main process to see
+        assert os.getpgid(worker.pid) == worker.pid  # out of reach of what is sent to the group
+        worker.send_signal(signal.SIGINT)  # ignored: it is for the main process to see
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, err = process.communicate(timeout=SAFETY_NET)
     assert process.returncode == 128 + signal.SIGINT

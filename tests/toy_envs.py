@@ -413,7 +413,7 @@ class Signals(Walk):
 
 
 class LongFilm(Walk):
-    """Draws a small picture in each of its 3,000 steps."""
+    """Draws a small picture in each of its 1,600 steps."""
 
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array", "human"], "render_fps": 30}
 
@@ -422,7 +422,7 @@ class LongFilm(Walk):
 
     def step(self, action):
         obs, reward, _, truncated, info = super().step(action)
-        return obs, reward, self.steps == 3_000, truncated, info
+        return obs, reward, self.steps == 1_600, truncated, info
 
     def render(self):
         return np.zeros((16, 16, 3), np.uint8)
