@@ -516,13 +516,12 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
         except OSError as error:
             raise UsageError(f"cannot make the run directory {self.dir}: {error.strerror}") from None
-        step = self.counts["global_step"]
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         self.csv = open(self.dir / "progress.csv", "a")
         self.csv.seek(self.csv.truncate(min(self.record["csv_size"], self.csv.tell())))  # what followed comes again
         self.csv.write("" if args.resume else "step,metric,value\n")
-        self.tensorboard = SummaryWriter(str(self.dir), purge_step=step + 1 if step else None)
-        self.bar = tqdm(total=args.total_timesteps, initial=step, unit=" steps", disable=None)  # None: terminals only
+        self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.counts["global_step"] + 1)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.counts["global_step"], unit=" steps", disable=None)
         tqdm.write(f"{args.env_id}, seed {args.seed}; writing {self.dir}")
         self.started = time.perf_counter() - self.record["seconds"]
 
@@ -635,28 +634,24 @@ def parse_args():
     parser.add_argument("--resume", type=lambda run_dir: Path(run_dir, "last.pt"))
     parser.add_argument("--play", type=Path)
     given = parser.parse_known_args()[0]
-    path = given.resume or given.play
-    if path is None:
+    if not (path := given.resume or given.play):
         return tyro.cli(Args)
     saved = {name: value for name, value in load_checkpoint(path)["args"].items() if hasattr(Args, name)}
-    own = {"resume": "", "play": "", "run_dir": "", "video": False, "track": "none"}  # of each command, not saved
-    default = Args(**{**saved, **own})
+    default = Args(**{**saved, "resume": "", "play": "", "run_dir": "", "video": False, "track": "none"})
     args = tyro.cli(Args, default=default)
     for name, value in asdict(args).items():
-        if value != getattr(default, name) and name not in own:
-            print(f"--{name.replace('_', '-')} {value} in place of the saved {getattr(default, name)}")
+        if value != getattr(default, name) and name not in ("resume", "play"):
+            print(f"--{name.replace('_', '-')} {value} in place of {getattr(default, name)}")
     return args
 
 
-def on_signal(number: int, frame):
-    """Let the run end after its step, with a checkpoint; a second signal ends it at once."""
+def on_signal(number: int, frame):  # the run ends after its step, with a checkpoint; a second signal ends it at once
     Run.signal = number
     signal.signal(number, signal.SIG_DFL)
     try:
         os.write(2, b"\nstopping after this step; once more stops at once\n")  # print could be interrupted by itself
     except OSError:  # the terminal was closed: nothing more can be written to it
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        os.dup2(os.dup2(os.open(os.devnull, os.O_WRONLY), 1), 2)
 
 
 def main(network_class):

@@ -41,15 +41,18 @@ TERMINATED = [0.0, 1.0, 0.0]
 TARGETS = [1 + 0.9 * 7, 2, 3 - 0.9 * 3]  # 7.3, 2, 0.3: off by 0.3, -2 and 0
 
 
+def td_loss(module, q_values, next_q_values, loss_function, **columns):
+    """Call td_loss with gamma 0.9; a batch of n-step returns brings it along."""
+    columns = {name: torch.as_tensor(column) for name, column in columns.items()}
+    gamma = [] if "discounts" in module.Batch._fields else [0.9]
+    batch = SimpleNamespace(**columns, discounts=torch.full((len(q_values),), 0.9))  # what a loss reads of a Batch
+    return module.td_loss(q_values, torch.tensor(next_q_values), batch, *gamma, loss_function)
+
+
 def loss_by_hand(module, loss_function=F.mse_loss, **changes):
-    columns = {
-        "actions": torch.tensor(ACTIONS),
-        "rewards": torch.tensor(REWARDS),
-        "terminated": torch.tensor(TERMINATED),
-    }
     q_values = torch.tensor(Q_VALUES, requires_grad=True)
-    batch = SimpleNamespace(**{**columns, **changes})  # as much of a Batch as the loss reads
-    return q_values, *module.td_loss(q_values, torch.tensor(NEXT_Q_VALUES), batch, 0.9, loss_function)
+    columns = {"actions": ACTIONS, "rewards": REWARDS, "terminated": TERMINATED} | changes
+    return q_values, *td_loss(module, q_values, NEXT_Q_VALUES, loss_function, **columns)
 
 
 def test_squared_td_errors_by_hand(module):
@@ -69,9 +72,8 @@ def test_td_target_of_one_transition(module, row):
     q_values = torch.zeros(1, 2)
     q_values[0, ACTIONS[row]] = TARGETS[row]
     one = slice(row, row + 1)
-    columns = {"actions": ACTIONS, "rewards": REWARDS, "terminated": TERMINATED}
-    batch = SimpleNamespace(**{name: torch.tensor(values[one]) for name, values in columns.items()})
-    loss, _ = module.td_loss(q_values, torch.tensor(NEXT_Q_VALUES[one]), batch, 0.9, F.mse_loss)
+    columns = {"actions": ACTIONS[one], "rewards": REWARDS[one], "terminated": TERMINATED[one]}
+    loss, _ = td_loss(module, q_values, NEXT_Q_VALUES[one], F.mse_loss, **columns)
     assert loss.item() == pytest.approx(0, abs=1e-10)
 
 
@@ -687,6 +689,15 @@ def test_a_resumed_run_begins_new_episodes(run, memories, tmp_path):
     assert not before & after  # and other ones than those that it has seen
 
 
+@pytest.mark.parametrize("flags, steps", [({"train_frequency": 8}, 400 // 8), ({"learning_starts": 500}, 400 // 4)])
+def test_a_resumed_run_trains_as_often_as_its_flags_say_from_there_on(flags, steps, run, tmp_path):
+    assert run(total_timesteps=400, learning_starts=100, num_envs=2)["gradient_steps"] == 300 // 4
+    changes = {"num_envs": 2, "total_timesteps": 800, "learning_starts": 100, "optimizer_eps": 0.5, **flags}
+    result = train("dqn_cartpole", "", **{**TOY, **changes}, resume=str(tmp_path / "run"))
+    assert result["gradient_steps"] == 300 // 4 + steps
+    assert checkpoint_of(tmp_path / "run")["optimizer"]["param_groups"][0]["eps"] == 0.5
+
+
 @pytest.fixture
 def trained(tmp_path):
     """The directory of a short finished run."""
@@ -723,17 +734,16 @@ def test_playing_a_checkpoint_tells_its_return(name, cli, tmp_path):
     assert set(tmp_path.rglob("*")) == files
 
 
-@pytest.mark.parametrize("flag, value", [("device", "cuda:9"), ("track", "wandb")])
-def test_what_another_machine_had_is_not_needed_to_go_on(flag, value, trained, cli, monkeypatch):
+@pytest.mark.parametrize("flag, value, given", [("device", "cuda:9", ["--device", "cpu"]), ("track", "wandb", [])])
+def test_what_only_another_machine_has_can_be_done_without(flag, value, given, trained, cli, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     for name in ("best.pt", "last.pt"):
         checkpoint = checkpoint_of(trained, name)
         checkpoint["args"][flag] = value
         torch.save(checkpoint, trained / name)
-    instead = [] if flag == "device" else ["--track", "none"]
-    status, out, _ = cli("--play", trained / "best.pt", "--final-eval-episodes", 1, *instead)
+    status, out, _ = cli("--play", trained / "best.pt", "--final-eval-episodes", 1, *given)
     assert status == 0 and "over 1 episodes" in out
-    assert cli("--resume", trained, "--total-timesteps", 500, *instead)[0] == 0
+    assert cli("--resume", trained, "--total-timesteps", 500, *given)[0] == 0
 
 
 def test_a_film_shows_the_best_network(tmp_path):

@@ -435,11 +435,12 @@ def test_what_a_console_cannot_show_ends_no_run(flags, status, said, cli, tmp_pa
 @each_vector_script
 def test_a_film_of_a_long_episode_ends_after_1500_frames(name, tmp_path, monkeypatch):
     films = []
-    monkeypatch.setattr(
-        gym.wrappers.RecordVideo,
-        "stop_recording",
-        lambda video: films.append(len(video.recorded_frames)) or vars(video).update(recording=False),
-    )
+
+    def stop_recording(video):  # without encoding it
+        films.append(len(video.recorded_frames))
+        video.recording, video.recorded_frames = False, []
+
+    monkeypatch.setattr(gym.wrappers.RecordVideo, "stop_recording", stop_recording)
     flags = {"env_id": "toy_envs:LongFilm-v0", "video": True, "eval_every": 10_000, "final_eval_episodes": 1}
     train(name, tmp_path / "run", **flags)
     assert len(films) == 1 and 1_400 < films[0] <= 1_500
