@@ -608,8 +608,10 @@ def train(args: Args) -> dict:
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, **kept)
     counters = ("global_step", "gradient_steps", "target_syncs")
     global_step, gradient_steps, target_syncs = (run.counts.get(name, 0) for name in counters)  # 0, unless resumed
-    resumed_at = global_step - gradient_steps * args.train_frequency  # so that the next gradient step is due
-    learning_starts = resumed_at if gradient_steps else args.learning_starts
+    learning_starts = args.learning_starts
+    if gradient_steps > 0:  # resumed: this is the same, unless --train-frequency is another
+        rest = (global_step - learning_starts) % args.train_frequency
+        learning_starts = global_step - gradient_steps * args.train_frequency - rest
     if args.resume and not args.checkpoint_memory:
         learning_starts += args.learning_starts  # so many transitions refill the memory before it learns on
         tqdm.write(f"no learning until {args.learning_starts:,} transitions have refilled the replay memory")

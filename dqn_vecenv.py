@@ -143,10 +143,6 @@ class Args:
         check_args(self)
         fits = self.num_envs <= self.learning_starts < self.total_timesteps
         require(self, "learning_starts", fits, "give at least --num-envs and less than --total-timesteps")
-        installed = (
-            self.vec_env != "envpool" or self.play or importlib.util.find_spec("envpool")
-        )  # what plays is Gymnasium's
-        require(self, "vec_env", installed, "first: pip install envpool")
 
 
 # === Environment ======================================================================================================
@@ -241,12 +237,15 @@ class EnvPoolVecEnv:
     """
 
     def __init__(self, args: Args):
-        import envpool  # optional
+        require(args, "vec_env", importlib.util.find_spec("envpool"), "first: pip install envpool")
+        import envpool
 
         require(args, "env_id", args.env_id in envpool.list_all_envs(), "EnvPool has none of this name")
         self.num_envs, env = args.num_envs, make_env(args)
         self.observation_space, self.action_space = env.observation_space, env.action_space
         self.time_limit = env.spec.max_episode_steps or 2**31 - 1
+        plain = env.unwrapped.observation_space.shape == env.observation_space.shape
+        require(args, "env_id", plain, "EnvPool's observations of it are no vectors")
         env.close()
         # The time limit is kept here. EnvPool calls it a truncation when the task ends at the very step of its limit: a
         # fall there would be bootstrapped from.
@@ -411,8 +410,10 @@ def train(args: Args) -> dict:
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, memory=memory)
     counters = ("global_step", "gradient_steps", "target_syncs")
     global_step, gradient_steps, target_syncs = (run.counts.get(name, 0) for name in counters)  # 0, unless resumed
-    resumed_at = global_step - gradient_steps * args.train_frequency  # so that the next gradient step is due
-    learning_starts = resumed_at if gradient_steps else args.learning_starts
+    learning_starts = args.learning_starts
+    if gradient_steps > 0:  # resumed: this is the same, unless --train-frequency is another
+        rest = (global_step - learning_starts) % args.train_frequency
+        learning_starts = global_step - gradient_steps * args.train_frequency - rest
     optimizer.param_groups[0]["eps"] = args.optimizer_eps  # of this command line, not of the resumed run's
     envs.seed(train_seed + global_step)  # environment i gets this seed + i
     obs = envs.reset()

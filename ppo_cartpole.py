@@ -103,7 +103,7 @@ class Args:
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:EnvName-v0 imports your own module first
     num_envs: Annotated[int, 1, 1_000] = 32  # environments that step side by side
     vec_env: Literal["dummy", "subproc"] = "dummy"  # in this process; or a process each, for slow steps
-    time_limit: Annotated[int | None, -1, 10**9] = None  # steps per episode, not the environment's own; -1: no limit
+    time_limit: Annotated[int | None, -1, 10**9] = None  # steps per episode instead of the environment's own; -1: none
 
     # evaluation
     eval_every: Count = 3_000  # transitions between evaluations
@@ -333,6 +333,7 @@ def train(args: Args) -> dict:
     rollout = Rollout(args.num_steps, args.num_envs, envs.observation_space.shape[0])
     run = Run(args, envs, network, optimizer=optimizer)
     global_step, gradient_steps = (run.counts.get(name, 0) for name in ("global_step", "gradient_steps"))
+    optimizer.param_groups[0]["eps"] = args.optimizer_eps  # of this command line, not of the resumed run's
     envs.seed(train_seed + global_step)  # environment i gets this seed + i
     rollout.obs[-1] = envs.reset()
 
@@ -356,13 +357,12 @@ def train(args: Args) -> dict:
                 global_step += args.num_envs
                 run.log_episodes(global_step, infos)
 
-            # Judge: one forward pass for all values, and one for log pi_old(a|s); (T, N, ...) -> (T * N, ...).
+            # Judge: all values in one forward pass; then make of the rollout one batch, (T, N, ...) -> (T * N, ...).
             values = network.value(torch.from_numpy(rollout.obs).to(device)).cpu().numpy()  # (T + 1, N)
             advantages, returns = compute_gae(rollout.rewards, values, rollout.ended, args.gamma, args.gae_lambda)
             columns = rollout.obs[:-1], rollout.actions, advantages, returns, values[:-1]
             obs, actions, *others = (torch.from_numpy(column).flatten(0, 1).to(device) for column in columns)
-            old_log_probs, _ = log_probs_and_entropy(network(obs), actions)
-            batch = (obs, actions, old_log_probs, *others)
+            batch = (obs, actions, log_probs_and_entropy(network(obs), actions)[0], *others)  # [0]: log pi_old(a|s)
 
         # Learn: update_epochs passes over the batch. Each shuffles it and cuts it into minibatches (mb).
         for _ in range(args.update_epochs):

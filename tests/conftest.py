@@ -51,7 +51,8 @@ def load(path: Path):
 def small(name: str, **changes) -> dict:
     """Return flags for a run of less than a second, as far as the script has them."""
     names = {field.name for field in dataclasses.fields(load(Path(name)).Args)}
-    flags = SMALL | {"dqn_atari": {"time_limit": 20}, "dqn_lstm_cartpole": {"train_frequency": 20}}.get(name, {})
+    slow = {"dqn_atari": {"train_frequency": 40, "time_limit": 20}, "dqn_lstm_cartpole": {"train_frequency": 20}}
+    flags = SMALL | slow.get(name, {})
     return {name: value for name, value in flags.items() if name in names} | changes
 
 

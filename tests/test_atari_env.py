@@ -16,7 +16,7 @@ from dqn_atari import AtariGame, make_env, make_worker_env, push_frames
 
 
 def arguments(env_id="BreakoutNoFrameskip-v4", time_limit=None):
-    return SimpleNamespace(env_id=env_id, time_limit=time_limit)
+    return SimpleNamespace(env_id=env_id, time_limit=time_limit, seed=1)
 
 
 class Tape(gym.Wrapper):
@@ -250,7 +250,9 @@ def test_module_ids():
 def test_worker_processes(start_method):
     if start_method == "forkserver" and os.name == "nt":
         pytest.skip("no fork server on Windows")
-    subproc = SubprocVecEnv([partial(make_worker_env, arguments()) for _ in range(2)], start_method=start_method)
+    subproc = SubprocVecEnv(
+        [partial(make_worker_env, arguments(), index) for index in range(2)], start_method=start_method
+    )
     try:
         local = DummyVecEnv([partial(make_env, arguments()) for _ in range(2)])
         subproc.seed(1)
@@ -272,16 +274,25 @@ def test_worker_processes(start_method):
 def test_film_of_the_first_episode(tmp_path):
     env = make_env(arguments(time_limit=40), evaluation=True, render_mode="rgb_array", video_dir=tmp_path)
     env.reset(seed=0)
-    for _ in range(2):  # the second episode is not filmed
-        num_steps = 1
-        while not env.step(0)[3] and num_steps < 1000:
-            num_steps += 1
-        env.reset()
+    num_steps = 1
+    while not env.step(0)[3] and num_steps < 1000:
+        num_steps += 1
     env.close()
     (path,) = tmp_path.glob("*.mp4")
     film = cv2.VideoCapture(str(path))
     assert film.get(cv2.CAP_PROP_FPS) == 15
-    assert abs(film.get(cv2.CAP_PROP_FRAME_COUNT) - num_steps - 1) <= 8  # the no-ops differ between the two games
+    assert abs(film.get(cv2.CAP_PROP_FRAME_COUNT) - num_steps - 1) <= 1  # and the one that the reset drew
+
+
+def test_a_film_is_1500_steps_at_most(tmp_path, monkeypatch):
+    frames, captured = [], gym.wrappers.RecordVideo._capture_frame
+    monkeypatch.setattr(gym.wrappers.RecordVideo, "_capture_frame", lambda env: frames.append(1) or captured(env))
+    monkeypatch.setattr(gym.wrappers.RecordVideo, "stop_recording", lambda env: setattr(env, "recording", False))
+    env = make_env(arguments(time_limit=-1), evaluation=True, render_mode="rgb_array", video_dir=tmp_path)
+    env.reset(seed=0)
+    for _ in range(1_600):
+        env.step(0)
+    assert len(frames) == 1_501  # and the one that the reset drew
 
 
 def test_rendering_shows_sprites_drawn_on_alternate_frames():

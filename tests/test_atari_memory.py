@@ -182,7 +182,17 @@ def test_it_holds_buffer_size_transitions(num_envs):
 
 
 def test_a_million_transitions_need_7_gigabytes():
-    assert 7.05e9 < ReplayMemory(1_000_000, 8).nbytes < 7.07e9  # the pages are never touched
+    arrays = ReplayMemory(1_000_000, 8).arrays.values()  # the pages are never touched
+    assert 7.05e9 < sum(array.nbytes for array in arrays) < 7.07e9
+
+
+@pytest.mark.parametrize("num_envs, buffer_size", [(2, 30), (3, 60)])
+def test_the_state_of_another_memory_is_refused(num_envs, buffer_size):
+    run = Run(num_envs, buffer_size, seed=3)
+    for _ in range(60):
+        run.step()
+    with pytest.raises(ValueError, match="another --buffer-size or --num-envs"):
+        ReplayMemory(30, 3).load_state_dict(run.memory.state_dict())
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 6, 60])  # unwritten, part full, wrapped

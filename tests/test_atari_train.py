@@ -1,14 +1,16 @@
-"""dqn_atari.py as a whole, on short runs of real games: optimiser, precision, counts, resume, memory, learning."""
+"""dqn_atari.py as a whole, on short runs of real games: learning rate, precision, counts, resume, memory, learning."""
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
-from dqn_atari import Args, QNetwork, make_env, make_optimizer, push_frames, train
+import dqn_atari
+from dqn_atari import Args, QNetwork, fit_memory, make_env, push_frames, train
 
 SHORT = {
     **{"total_timesteps": 600, "learning_starts": 200, "buffer_size": 1_000, "num_envs": 2, "vec_env": "dummy"},
@@ -20,20 +22,7 @@ def run(tmp_path, name="run", **changes):
     return train(Args(**{**SHORT, "run_dir": str(tmp_path / name), **changes}))
 
 
-# --- The optimiser ---
-
-
-def test_rmsprop_is_the_one_that_the_flags_describe():
-    weight = torch.nn.Parameter(torch.tensor([1.0]))
-    flags = {"optimizer": "rmsprop", "learning_rate": 0.1, "rmsprop_alpha": 0.75, "optimizer_eps": 0.5}
-    optimizer = make_optimizer([weight], Args(**SHORT, **flags))
-    mean_square, expected = 0.0, 1.0
-    for gradient in (2.0, -1.0):
-        weight.grad = torch.tensor([gradient])
-        optimizer.step()
-        mean_square = 0.75 * mean_square + 0.25 * gradient**2
-        expected -= 0.1 * gradient / (mean_square**0.5 + 0.5)
-    assert weight.item() == pytest.approx(expected)
+# --- The optimiser, the memory ---
 
 
 @pytest.mark.parametrize("end", [None, 0.0, 0.02])
@@ -66,25 +55,25 @@ def test_denormal_numbers_count_as_zeros_while_it_trains(tmp_path, monkeypatch):
     assert seen == [0.0] * 5
 
 
-@pytest.mark.parametrize(
-    "flag, size",
-    [("max_grad_value", lambda g: g.abs().max()), ("max_grad_norm", lambda g: g.norm())],
-    ids=["value", "norm"],
-)
-def test_the_optimiser_gets_clipped_gradients(flag, size, tmp_path, monkeypatch):
-    sizes, step = [], torch.optim.RMSprop.step
+@pytest.mark.parametrize("free, limit", [(1e9, "max"), (9e9, 1_000_000_000)], ids=["machine", "container"])
+def test_a_memory_that_does_not_fit_shrinks_unless_it_was_asked_for(free, limit, tmp_path, monkeypatch, capsys):
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(dqn_atari, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    fit_memory(default := Args())
+    assert default.buffer_size == 127_352  # 0.9 GB
+    assert "the replay memory holds 127,352 transitions: 1,000,000 do not fit" in capsys.readouterr().out
+    fit_memory(asked := Args(buffer_size=120_000))
+    assert asked.buffer_size == 120_000 and capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="--buffer-size 130000: 127,352 transitions fit"):
+        fit_memory(Args(buffer_size=130_000))
 
-    def watched(optimizer):
-        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
-        sizes.append(size(torch.cat(gradients)).item())
-        step(optimizer)
 
-    monkeypatch.setattr(torch.optim.RMSprop, "step", watched)
-    run(tmp_path, "free", optimizer="rmsprop", total_timesteps=280)
-    assert len(sizes) == 20 and max(sizes) > 1e-3
-    sizes.clear()
-    run(tmp_path, "clipped", optimizer="rmsprop", total_timesteps=280, **{flag: 1e-3})
-    assert len(sizes) == 20 and max(sizes) == pytest.approx(1e-3, rel=1e-3)
+def test_a_million_transitions_where_they_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dqn_atari, "CONTAINER_LIMIT", tmp_path / "none")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=8e9))
+    fit_memory(args := Args())
+    assert args.buffer_size == 1_000_000 and capsys.readouterr().out == ""
 
 
 # --- The network ---
