@@ -398,6 +398,17 @@ def test_a_flag_of_the_algorithm_reaches_it(tmp_path, flag, value):
     assert not torch.equal(trained(tmp_path, "default"), trained(tmp_path, "changed", **{flag: value}))
 
 
+def test_a_resumed_run_takes_the_flags_of_its_own_command_line(tmp_path, monkeypatch):
+    ppo.train(options(tmp_path))
+    seen = losses_seen(monkeypatch)
+    changes = {"total_timesteps": 144, "optimizer_eps": 0.5, "learning_rate": 0.2, "clip_coef": 0.4}
+    result = ppo.train(options(tmp_path, run_dir="", resume=str(tmp_path / "run"), **changes))
+    assert (result["global_step"], result["gradient_steps"], len(seen)) == (144, 36, 18)
+    (group,) = checkpoint_of(tmp_path / "run")["optimizer"]["param_groups"]
+    assert (group["eps"], group["lr"]) == (0.5, pytest.approx(0.2 * 24 / 144))  # of the last of 6 rollouts
+    assert [m["clip_coef"] for m in seen[::6]] == pytest.approx([0.4 * 72 / 144, 0.4 * 48 / 144, 0.4 * 24 / 144])
+
+
 def test_what_is_logged_is_of_the_last_minibatch(tmp_path, monkeypatch):
     log_ratios, original = [], ppo.ppo_loss
 
