@@ -311,7 +311,7 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
     except (gym.error.Error, ModuleNotFoundError) as error:
         raise UsageError(f"--env-id {args.env_id}: {error}") from None
     if video_dir is not None:
-        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_500)
+        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)
     return env
 
 
@@ -763,7 +763,7 @@ def load_checkpoint(path: Path, **parts) -> dict:
     # file. deepcopy: an optimiser keeps what it gets, and with it the map.
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
-        if checkpoint["script"] != SCRIPT:
+        if checkpoint["script"] != SCRIPT or "args" not in checkpoint:
             raise ValueError(f"it was written by {checkpoint['script']}.py")
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name] if name == "memory" else copy.deepcopy(checkpoint[name]))

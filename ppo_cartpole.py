@@ -91,7 +91,7 @@ class Args:
     clip_value_loss: bool = False  # clip the change of the values too, by clip_coef as annealed: in units of the return
     value_coef: Positive = 1.0  # weight of the value loss, which is half the mean squared error
     entropy_coef: NonNegative = 0.0  # weight of the entropy bonus, which keeps the policy from settling early
-    target_kl: Annotated[float, 0, math.inf] = math.inf  # no further pass over a rollout once approx_kl is larger
+    target_kl: Annotated[float, 0, 1e9] = 1e9  # no further pass over a rollout once approx_kl is larger
     hidden_size: Annotated[int, 1, 10_000] = 64  # units in each of the two hidden layers, of the actor and the critic
 
     # optimisation
@@ -179,7 +179,7 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
         env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
     env = gym.wrappers.RecordEpisodeStatistics(VectorEnv(env), buffer_length=1)
     if video_dir is not None:
-        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_500)
+        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)
     return env
 
 
@@ -476,7 +476,7 @@ def load_checkpoint(path: Path, **parts) -> dict:
     # file. deepcopy: an optimiser keeps what it gets, and with it the map.
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
-        if checkpoint["script"] != SCRIPT:
+        if checkpoint["script"] != SCRIPT or "args" not in checkpoint:
             raise ValueError(f"it was written by {checkpoint['script']}.py")
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name] if name == "memory" else copy.deepcopy(checkpoint[name]))

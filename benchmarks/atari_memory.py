@@ -38,7 +38,8 @@ def measure(buffer_size: int) -> dict:
         allocate(memory, *args)
         for array in memory.arrays.values():
             array.fill(0)  # the pages of a fresh array are taken when they are first written
-        sizes.update(frames=memory.arrays["frames"].nbytes, memory=memory.nbytes)
+        total = sum(array.nbytes for array in memory.arrays.values())
+        sizes.update(frames=memory.arrays["frames"].nbytes, memory=total)
 
     dqn_atari.ReplayMemory.__init__ = fill
     with tempfile.TemporaryDirectory() as folder:

@@ -36,8 +36,8 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("eval/return_mean", "eval/return_min", "train/return_mean_100", "train/loss", "train/q_taken")
 FROM_RESULT = (
-    *("final_return_mean", "final_return_min", "final_return_std", "best_return_mean", "solved_step", "solved_seconds"),
-    *("seconds", "wall_seconds", "steps_per_second", "global_step", "gradient_steps"),
+    *("final_return_mean", "final_return_min", "final_return_std", "best_return_mean"),
+    *("seconds", "global_step", "gradient_steps"),
 )
 
 
@@ -53,8 +53,8 @@ class Args:
 
 
 def worst_late(curve: list) -> float:
-    """The lowest mean return of the evaluations in the last fifth of training; curve: [[step, mean return], ...]."""
-    return min(mean for step, mean in curve if step > 0.8 * curve[-1][0])
+    """The lowest mean return of the evaluations in the last fifth of training; curve: [[step, mean, ...], ...]."""
+    return min(mean for step, mean, *_ in curve if step > 0.8 * curve[-1][0])
 
 
 def train(args: Args, out: Path, seed: int, root: Path = ROOT) -> dict:
@@ -107,7 +107,7 @@ def collect(run_dir: Path, out: Path) -> dict:
                     file.write(f"{step},{metric},{value}\n")
                 seen[metric] += 1
     row = {"seed": seed, **{name: result[name] for name in FROM_RESULT}}
-    return {**row, "worst_late_evaluation": worst_late(result["evaluation_curve"])}
+    return {**row, "worst_late_evaluation": worst_late(result["evaluations"])}
 
 
 def describe(out: Path, command: str, jobs):

@@ -16,7 +16,6 @@ COLUMNS = {
     "final_return_mean": ("final network, mean of 100 episodes", "{:.1f}"),
     "final_return_min": ("worst of them", "{:.0f}"),
     "worst_late_evaluation": ("worst evaluation in the last fifth", "{:.1f}"),
-    "solved_step": ("first evaluation of 475 or more", "{:,.0f}"),
     "seconds": ("training, s", "{:.1f}"),
 }
 
