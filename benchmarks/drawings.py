@@ -62,7 +62,7 @@ def draw_ends(axes):
         axes.text(5, y + 0.08, "reset", ha="center", color="0.5")
         stored = f"the last transition is stored as (o3, a3, r, o4, {float(end == 'terminated')}):  {target}"
         axes.text(4, y - 0.36, stored, ha="center", color=colour)
-    for x, text in ((4, 'infos[i]["terminal_observation"]'), (6, "new_obs[i]")):
+    for x, text in ((4, 'infos[i]["terminal_observation"]'), (6, "obs[i]")):
         axes.annotate(
             text, (x, 1.16), (x, 1.45), ha="center", family="monospace", arrowprops={"arrowstyle": "->", "color": "0.4"}
         )

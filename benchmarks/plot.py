@@ -1,9 +1,10 @@
-"""Draw curves over seeds from the CSV files in benchmarks/results.
+"""Draw the curves of a run, or of recorded runs over seeds.
 
-    python benchmarks/plot.py dqn_cartpole --out docs/dqn_cartpole.png
+    python benchmarks/plot.py runs/NAME                                    # writes runs/NAME/curves.png
+    python benchmarks/plot.py dqn_cartpole --out docs/dqn_cartpole.png     # of benchmarks/results/dqn_cartpole
     python benchmarks/plot.py dqn_atari_breakout --metric train/return_mean_100 --out breakout.png
 
-Thin lines are single seeds, the thick line is their mean at each step.
+Over seeds: the thick line is the mean at each step, the band its 95 % bootstrap interval; thin lines are single seeds.
 """
 
 import csv
@@ -22,23 +23,64 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass
 class Args:
-    names: tyro.conf.Positional[list[str]]  # directories under benchmarks/results
-    out: str  # the picture to write
-    metric: str = "eval/return_mean"  # what to draw
+    names: tyro.conf.Positional[list[str]]  # one run directory, or directories under benchmarks/results
+    out: str = ""  # the picture to write (default: curves.png in the run directory)
+    metric: str = "eval/return_mean"  # what to draw, over seeds
     labels: list[str] | None = None  # names for the legend
     title: str = ""  # over the picture
     ylabel: str = "return"  # beside the picture
 
 
 def curve(path: Path, metric: str) -> np.ndarray:
-    """Return the steps and values of a metric in a seed_N.csv, (2, points)."""
+    """Return the steps and values of a metric in a progress.csv or seed_N.csv, (2, points)."""
     with open(path) as file:
         rows = [(int(row["step"]), float(row["value"])) for row in csv.DictReader(file) if row["metric"] == metric]
-    return np.array(rows).T
+    return np.array(rows).reshape(-1, 2).T
 
 
-def main():
-    args = tyro.cli(Args, description=__doc__)
+def smoothed(values: np.ndarray, width: int) -> np.ndarray:
+    """Return the mean of the last `width` values at each point, of fewer at the beginning."""
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def band(curves: np.ndarray) -> np.ndarray:
+    """Return the 95 % bootstrap interval of the mean over seeds: (seeds, points) -> (2, points)."""
+    draws = np.random.default_rng(0).integers(len(curves), size=(1_000, len(curves)))
+    return np.percentile(curves[draws].mean(axis=1), [2.5, 97.5], axis=0)
+
+
+def plot_run(run_dir: Path, out: Path):
+    """Draw the returns, the losses and, where it was logged, the mean Q of one run."""
+    path = run_dir / "progress.csv"
+    with open(path) as file:
+        metrics = {row["metric"] for row in csv.DictReader(file)}
+    losses = sorted(name for name in metrics if name.startswith("train/") and name.endswith("loss"))
+    panels = [name for name in [*losses, "train/q_taken"] if name in metrics]
+    figure, axes = plt.subplots(1 + len(panels), figsize=(7.2, 2.4 * (1 + len(panels))), sharex=True, squeeze=False)
+    returns = axes[0, 0]
+    steps, values = curve(path, "train/episode_return")
+    returns.plot(steps, smoothed(values, 100), label="training episodes: mean of the last 100")
+    returns.plot(*curve(path, "eval/return_mean"), "o-", markersize=3, label="evaluations, greedy")
+    returns.set_title("returns")
+    returns.legend(frameon=False)
+    for axis, name in zip(axes[1:, 0], panels, strict=True):
+        steps, values = curve(path, name)
+        width = max(1, len(values) // 50)
+        axis.plot(steps, values, alpha=0.25, color="C0")
+        axis.plot(steps, smoothed(values, width), color="C0")
+        axis.set_title("mean Q of a minibatch" if name == "train/q_taken" else name.removeprefix("train/"))
+    for axis in axes[:, 0]:
+        axis.grid(alpha=0.25)
+    axes[-1, 0].set_xlabel("transitions")
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)
+
+
+def plot_seeds(args: Args):
+    """Draw one curve per set of recorded runs."""
     figure, axes = plt.subplots(figsize=(7.2, 3.6), dpi=150)
     for index, name in enumerate(args.names):
         curves = [curve(path, args.metric) for path in sorted((RESULTS / name).glob("seed_*.csv"))]
@@ -47,11 +89,13 @@ def main():
         if len(curves) == 1:
             axes.plot(*curves[0], color=colour, linewidth=0.8, label=label)
         else:
-            for steps, values in curves:
-                axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
             steps = np.unique(np.concatenate([steps for steps, _ in curves]))
-            mean = np.mean([np.interp(steps, *each) for each in curves], axis=0)
-            axes.plot(steps, mean, color=colour, linewidth=2, label=f"{label}: mean of {len(curves)} seeds")
+            values = np.array([np.interp(steps, *each) for each in curves])
+            axes.plot(steps, values.T, color=colour, linewidth=0.5, alpha=0.25)
+            axes.fill_between(steps, *band(values), color=colour, alpha=0.3, linewidth=0)
+            axes.plot(
+                steps, values.mean(axis=0), color=colour, linewidth=2, label=f"{label}: mean of {len(curves)} seeds"
+            )
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
     axes.set(xlabel="transitions", ylabel=args.ylabel, title=args.title)
     axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -60,6 +104,17 @@ def main():
     figure.tight_layout()
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out)
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__)
+    run_dir = Path(args.names[0])
+    if (run_dir / "progress.csv").exists():
+        plot_run(run_dir, Path(args.out or run_dir / "curves.png"))
+    elif args.out:
+        plot_seeds(args)
+    else:
+        raise SystemExit(f"plot: {run_dir} is no run directory; to draw recorded runs, give --out PICTURE")
 
 
 if __name__ == "__main__":

@@ -255,6 +255,9 @@ def test_a_resume_restores_everything_and_finishes_a_run_killed_at_its_end(name,
     parts = {"network", "optimizer", *({"target_network", "memory"} if name.startswith("dqn") else {})}
     assert before.keys() == after.keys() >= parts | {"counts", "torch_rng"}
     assert before["optimizer"]["state"] and before["counts"]["gradient_steps"] > 0
+    if name == "dqn_atari":  # its memory stores the first frames of new episodes as soon as they begin
+        assert after["memory"].pop("newest").tolist() == (before["memory"].pop("newest") + 2).tolist()
+        after["memory"] = {key: array[: len(before["memory"][key])] for key, array in after["memory"].items()}
     assert [part for part in before if part not in ("args", "record") and not equal(before[part], after[part])] == []
     assert json.loads((run / "result.json").read_text()).items() >= after["counts"].items()
     assert_no_gap_and_no_double(run, [200, 400])
