@@ -30,9 +30,15 @@ memory that stores each frame once. The games run in processes of their own, and
     python dqn_atari.py --resume runs/NAME
     python dqn_atari.py --play runs/NAME/best.pt --render
 
-RESULT
+The defaults were not run to their end. With the network of 2013, three-step returns and other schedules (the command is
+in the README), seed 1: the mean score of the last 100 training games passes 69.9 at 952,000 transitions, after 52
+minutes on two cores, and is 70.7 at a million; over 30 games the final network scores 80.5 on average.
 
-Is my run healthy?       at 10 %    at 50 %    at 100 %     HEALTHY
+Is my run healthy?       at 10 %    at 50 %    at 100 %     of that Breakout run
+    training return      1.2        31         71           (mean of the last 100 games; a random player: about 1.3)
+    evaluation           1.6        41         85           (of 5 games: noisy)
+    loss                 0.003      0.027      0.018        (medians of the 50,000 transitions before; with spikes)
+    mean Q(s, a)         0.25       1.6        2.5          (the same)
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. A gradient step comes every 4 transitions, a copy to the target network every 1,000 transitions. A game's
@@ -43,8 +49,7 @@ A training episode is a life; an evaluation plays the whole game. In both the ne
 action 1 is FIRE, actions 1 and 2: in training that spares the agent the screen that waits for FIRE, so it would not
 have learned to press it for an evaluation. train/episode_return is of whole games all the same, unclipped.
 
-A resumed run plays --learning-starts transitions before it learns on, and learns from those and newer ones alone,
-unless --checkpoint-memory wrote the memory: expect a dip.
+A resumed run plays --learning-starts transitions before it learns on, unless --checkpoint-memory wrote the memory.
 
 Differences from the paper: Adam 1e-4 instead of RMSProp, target copies every 250 gradient steps instead of 10,000, 10
 million transitions instead of 50, epsilon down to 0.01 instead of 0.1 (and 0.01 in evaluations, of whole games, not
@@ -144,7 +149,7 @@ class Args:
     target_return: Annotated[float, -1e9, 1e9] = 1e9  # end the run once the last 100 training games reach this mean
 
     # run
-    seed: Annotated[int, 0, 2**31] = 1  # of the network, exploration, replay memory and environments
+    seed: Annotated[int, 0, 2**30] = 1  # of the network, exploration, replay memory and environments
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto is CUDA where there is one, else the CPU
     run_dir: str = ""  # where to write the run (default: runs/{env}__{script}__{seed}__{time})
     checkpoint_every: Count = 100_000  # transitions between checkpoints
@@ -616,7 +621,7 @@ def train(args: Args) -> dict:
         learning_starts += args.learning_starts  # so many transitions refill the memory before it learns on
         tqdm.write(f"no learning until {args.learning_starts:,} transitions have refilled the replay memory")
     optimizer.param_groups[0]["eps"] = args.optimizer_eps  # of this command line, not of the resumed run's
-    envs.seed(train_seed + global_step)  # environment i gets this seed + i
+    envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     frames = envs.reset()
     memory.begin(frames)
     stacks = np.zeros((args.num_envs, 4, 84, 84), np.uint8)  # what each environment's actor sees
@@ -781,7 +786,7 @@ class Run:
         self.args, self.envs, self.network, self.parts = args, envs, network, {"network": network, **parts}
         self.counts, self.latest = {"global_step": 0}, {}  # counters as of the last tick; metrics as of the last log
         self.record = {"evaluations": [], "returns": [], "seconds": 0.0, "csv_size": 0}
-        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
         self.dir = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
         if args.resume:
             saved = load_checkpoint(self.dir / "last.pt", **self.parts)

@@ -129,7 +129,7 @@ class Args:
     target_return: Annotated[float, -1e9, 1e9] = 1e9  # end the run once the last 100 training episodes reach this mean
 
     # run
-    seed: Annotated[int, 0, 2**31] = 1  # of the network, exploration, replay memory and environments
+    seed: Annotated[int, 0, 2**30] = 1  # of the network, exploration, replay memory and environments
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto is the CPU, which is faster for so small a network
     run_dir: str = ""  # where to write the run (default: runs/{env}__{script}__{seed}__{time})
     checkpoint_every: Count = 50_000  # transitions between checkpoints
@@ -415,7 +415,7 @@ def train(args: Args) -> dict:
         rest = (global_step - learning_starts) % args.train_frequency
         learning_starts = global_step - gradient_steps * args.train_frequency - rest
     optimizer.param_groups[0]["eps"] = args.optimizer_eps  # of this command line, not of the resumed run's
-    envs.seed(train_seed + global_step)  # environment i gets this seed + i
+    envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     obs = envs.reset()
 
     while global_step < args.total_timesteps and run.mean_return(at_least=100) < args.target_return:
@@ -571,7 +571,7 @@ class Run:
         self.args, self.envs, self.network, self.parts = args, envs, network, {"network": network, **parts}
         self.counts, self.latest = {"global_step": 0}, {}  # counters as of the last tick; metrics as of the last log
         self.record = {"evaluations": [], "returns": [], "seconds": 0.0, "csv_size": 0}
-        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
         self.dir = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
         if args.resume:
             saved = load_checkpoint(self.dir / "last.pt", **self.parts)
