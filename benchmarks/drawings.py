@@ -83,7 +83,7 @@ def draw_limits(axes):
 
 def breakout(num_steps: int = 6_000) -> tuple[list[int], np.ndarray]:
     """Let the paddle follow the ball. Return the steps from each hit to its brick, and a stack with the ball in it."""
-    env = dqn_atari.make_env(dqn_atari.Args(play="only the environment"), evaluation=True)
+    env = dqn_atari.make_env(dqn_atari.Args(), evaluation=True)
     env.reset(seed=1)
     stacks, shown = np.zeros((1, 4, 84, 84), np.uint8), None
     delays, hit, y_before = [], None, 0

@@ -56,8 +56,9 @@ def load(path: Path) -> tuple[ModuleType, object, torch.nn.Module]:
     name = torch.load(path, map_location="cpu", weights_only=True)["script"]
     script = importlib.import_module(name)
     checkpoint = script.load_checkpoint(path)
-    fresh = {"run_dir": "", "resume": "", "play": str(path), "device": "cpu", "render": False, "video": False}
-    args = script.Args(**{**checkpoint["args"], **fresh, "track": "none"})
+    saved = {flag: value for flag, value in checkpoint["args"].items() if hasattr(script.Args, flag)}
+    fresh = {"run_dir": "", "resume": "", "device": "cpu", "render": False, "video": False, "track": "none"}
+    args = script.Args(**{**saved, **fresh})
     env = script.make_env(args)
     network = script.QNetwork(env.observation_space, env.action_space, args)
     network.load_state_dict(checkpoint["network"])

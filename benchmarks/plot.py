@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import tyro
+from table import bootstrap
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -44,12 +45,6 @@ def smoothed(values: np.ndarray, width: int) -> np.ndarray:
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - width, 0)
     return (sums[ends] - sums[starts]) / (ends - starts)
-
-
-def band(curves: np.ndarray) -> np.ndarray:
-    """Return the 95 % bootstrap interval of the mean over seeds: (seeds, points) -> (2, points)."""
-    draws = np.random.default_rng(0).integers(len(curves), size=(1_000, len(curves)))
-    return np.percentile(curves[draws].mean(axis=1), [2.5, 97.5], axis=0)
 
 
 def plot_run(run_dir: Path, out: Path):
@@ -92,7 +87,7 @@ def plot_seeds(args: Args):
             steps = np.unique(np.concatenate([steps for steps, _ in curves]))
             values = np.array([np.interp(steps, *each) for each in curves])
             axes.plot(steps, values.T, color=colour, linewidth=0.5, alpha=0.25)
-            axes.fill_between(steps, *band(values), color=colour, alpha=0.3, linewidth=0)
+            axes.fill_between(steps, *bootstrap(values), color=colour, alpha=0.3, linewidth=0)
             axes.plot(
                 steps, values.mean(axis=0), color=colour, linewidth=2, label=f"{label}: mean of {len(curves)} seeds"
             )

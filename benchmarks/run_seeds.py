@@ -24,6 +24,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +40,7 @@ FROM_RESULT = (
     *("final_return_mean", "final_return_min", "final_return_std", "best_return_mean"),
     *("seconds", "global_step", "gradient_steps"),
 )
+COLUMNS = ("seed", *FROM_RESULT, "worst_late_evaluation")  # of summary.csv
 
 
 @dataclass
@@ -97,13 +99,14 @@ def collect(run_dir: Path, out: Path) -> dict:
     result = json.loads((run_dir / "result.json").read_text())
     seed = json.loads((run_dir / "args.json").read_text())["seed"]
     rows = [line.split(",") for line in (run_dir / "progress.csv").read_text().splitlines()]
-    stride = max(1, sum(row[1] == "train/return_mean_100" for row in rows) // 200)  # about 200 points of each metric
+    counts = Counter(row[1] for row in rows)
     with open(out / f"seed_{seed}.csv", "w") as file:
         file.write("step,metric,value\n")
-        seen = dict.fromkeys(KEPT, 0)
+        seen = Counter()
         for step, metric, value in rows[1:]:
             if metric in KEPT:
-                if metric != "train/return_mean_100" or seen[metric] % stride == 0:
+                stride = max(1, counts[metric] // 200) if metric.startswith("train/") else 1  # 200 to 400 points each
+                if seen[metric] % stride == 0:
                     file.write(f"{step},{metric},{value}\n")
                 seen[metric] += 1
     row = {"seed": seed, **{name: result[name] for name in FROM_RESULT}}
@@ -111,8 +114,11 @@ def collect(run_dir: Path, out: Path) -> dict:
 
 
 def describe(out: Path, command: str, jobs):
-    """Write command.json: what is run, with which versions, on what machine."""
+    """Write command.json: what is run, with which versions, on what machine. Refuse results that have other columns."""
     out.mkdir(parents=True, exist_ok=True)
+    summary = out / "summary.csv"
+    if summary.exists() and summary.read_text().splitlines()[0] != ",".join(COLUMNS):
+        raise SystemExit(f"{summary} has other columns than {', '.join(COLUMNS)}; give another --name")
     contents = {
         "command": command,
         "python": platform.python_version(),

@@ -3,10 +3,10 @@
     python benchmarks/sb3_cartpole.py dqn
     python benchmarks/sb3_cartpole.py ppo
 
-Judged as our scripts are: every 5,000 transitions 20 greedy episodes, off the clock; at the end 100 greedy episodes of
-the final network, and of the best one, on the seeds that dqn_cartpole.py and ppo_cartpole.py end with. Writes
-benchmarks/results/sb3_{dqn,ppo}_cartpole/ as run_seeds.py does, but seconds are those of the processor: all runs on one
-thread, and what else the machine does is not counted. A seed that has its row is not run again.
+Judged much as our scripts are: every 5,000 transitions 20 greedy episodes, off the clock; at the end 100 of the final
+network, and of the best one, on seeds that served no other purpose. Writes benchmarks/results/sb3_{dqn,ppo}_cartpole/
+as run_seeds.py does, but seconds are those of the processor: all runs on one thread, and what else the machine does is
+not counted. A seed that has its row is not run again.
 """
 
 import copy

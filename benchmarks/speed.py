@@ -38,7 +38,7 @@ CLEANRL_PPO = (
 )
 VECENV = (
     "dqn_vecenv.py --num-envs 4 --train-frequency 16 --target-frequency 10000 --tau 1 --batch-size 32 "
-    "--buffer-size 1000000 --learning-starts 100 --learning-rate 1e-4 --loss huber --max-grad-norm 10"
+    "--buffer-size 1000000 --learning-starts 100 --learning-rate 1e-4 --loss huber"
 )
 EXAMPLE = ATARI.replace("20000", "10000") + " --train-frequency 16 --num-envs 4 --epsilon-end 0.05"
 
@@ -154,7 +154,8 @@ def time_ours(script: str, flags: list[str], first: int, last: int, mode: str):
     sys.path.insert(0, str(ROOT))
     module, watch = importlib.import_module(Path(script).stem), Watch(first, last)
     with tempfile.TemporaryDirectory() as folder:
-        quiet = ["--run-dir", f"{folder}/run", "--eval-every", "1000000000", "--total-timesteps", str(last + 100_000)]
+        never = ["--eval-every", "1000000000", "--checkpoint-every", "1000000000"]
+        quiet = ["--run-dir", f"{folder}/run", *never, "--total-timesteps", str(last + 100_000)]
         args = tyro.cli(module.Args, args=[*flags, *quiet])
         if mode == "envs":
             step, envs = 0, module.make_envs(args)
@@ -224,6 +225,8 @@ def time_sb3(first: int, last: int, algorithm: str, env_id: str, n_envs=1, vec_e
         )
     else:
         policy, envs = "MlpPolicy", make_vec_env(env_id, n_envs, 0, vec_env_cls=vec_env_class)
+    if algorithm == "DQN":
+        hyperparameters["max_grad_norm"] = 1e9  # ours does not clip; SB3 computes the norm in any case
     getattr(sb3, algorithm)(policy, envs, seed=0, device="cpu", **hyperparameters).learn(last + 100_000, Counting())
 
 

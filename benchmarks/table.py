@@ -2,13 +2,17 @@
 
 python benchmarks/table.py dqn_cartpole                                     # a row per seed
 python benchmarks/table.py dqn_cartpole dqn_vecenv ppo_cartpole             # a row per set of runs
+python benchmarks/table.py --rates dqn_cartpole dqn_vecenv ppo_cartpole     # the same, with 95 % intervals
 python benchmarks/table.py --settings dqn_lstm_cartpole_set                 # a row per NAME_*, which differ by flags
 """
 
 import csv
 import json
 import sys
+from math import comb
 from pathlib import Path
+
+import numpy as np
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = {
@@ -45,6 +49,40 @@ def row_of(name: str) -> str:
     )
 
 
+def lowest_rate(hits: int, n: int) -> float:
+    """Return the rate with which `hits` or more of n have a probability of 2.5 %: below it they are less likely."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        rate = (low + high) / 2
+        likely = sum(comb(n, k) * rate**k * (1 - rate) ** (n - k) for k in range(hits, n + 1)) >= 0.025
+        low, high = (low, rate) if likely else (rate, high)
+    return low
+
+
+def rate_interval(hits: int, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a rate (Clopper & Pearson 1934): ten of ten say that it is 69 % or more."""
+    return lowest_rate(hits, n), 1.0 - lowest_rate(n - hits, n)
+
+
+def bootstrap(values: np.ndarray) -> np.ndarray:
+    """Return the 95 % bootstrap interval of the mean over seeds: (seeds, ...) -> (2, ...)."""
+    draws = np.random.default_rng(0).integers(len(values), size=(1_000, len(values)))
+    return np.percentile(values[draws].mean(axis=1), [2.5, 97.5], axis=0)
+
+
+def rates_of(name: str) -> str:
+    """Return one row of a Markdown table, with intervals: under RATES."""
+    with open(RESULTS / name / "summary.csv") as file:
+        finals = np.array([float(row["final_return_mean"]) for row in csv.DictReader(file)])
+    hits, n = int((finals >= 499.95).sum()), len(finals)
+    low, high = (100 * rate for rate in rate_interval(hits, n))
+    least, most = bootstrap(finals)
+    return (
+        f"| [`{name}`](benchmarks/results/{name}) | {hits} of {n} | {low:.0f} to {high:.0f} % "
+        f"| {finals.mean():.1f} | {least:.1f} to {most:.1f} |"
+    )
+
+
 def settings(name: str) -> str:
     """Return a Markdown table of the sets of runs whose names start with this: flags, and each seed's final return."""
     lines = ["| flags | final network, each seed | mean |", "|---|---:|---:|"]
@@ -63,10 +101,14 @@ def settings(name: str) -> str:
 
 HEAD = """| runs | seeds | final at 500.0 | lowest final | at 475 or more | never below in the last fifth | seconds |
 |---|---:|---:|---:|---:|---:|---:|"""
+RATES = """| runs | final at 500.0 | 95 % interval of that rate | mean final | its 95 % interval |
+|---|---:|---:|---:|---:|"""
 
 if __name__ == "__main__":
     if sys.argv[1] == "--settings":
         print(settings(sys.argv[2]))
+    elif sys.argv[1] == "--rates":
+        print(RATES, *map(rates_of, sys.argv[2:]), sep="\n")
     elif len(sys.argv) == 2:
         print(table(sys.argv[1]))
     else:
