@@ -28,9 +28,14 @@ copy of the network that trails behind it.
     python dqn_cartpole.py --resume runs/NAME --total-timesteps 160000
     python dqn_cartpole.py --play runs/NAME/best.pt --render
 
-RESULT
+Measured with the defaults, seeds 1 to 20: the final network's greedy return over 100 episodes is 500.0 on 15 of 20
+(95 % interval of that rate: 51 to 91 %), the lowest is 434.8. Training takes 13 to 20 s on one core.
 
-Is my run healthy?       at 10 %    at 50 %    at 100 %     (HEALTHY)
+Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of 20 seeds; lowest and highest at the end)
+    evaluation           267        260        500          (410 to 500; on the way it rises, falls and rises again)
+    return_mean_100      48         139        359          (249 to 423; a third, later a fifth of actions are random)
+    loss                 0.7        1.7        2.5          (0.5 to 69; of one minibatch)
+    q_taken              26         74         102          (87 to 136; the limit is 1 / (1 - gamma) = 100)
 
 Differences from the paper: vectors and a small network instead of pixels; Adam instead of RMSProp, with a learning rate
 that falls to 0; squared errors, not clipped (--loss huber clips); a target network that follows slowly instead of by
@@ -98,7 +103,7 @@ class Args:
     # optimisation
     learning_rate: Positive = 4e-3  # step size of Adam at the start
     learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
-    optimizer_eps: Positive = 1e-4  # added to what Adam divides by; with the usual 1e-8 returns collapse more often
+    optimizer_eps: Positive = 1e-4  # added to what Adam divides by
     loss: Literal["mse", "huber"] = "mse"  # of the TD error: its square, or linear beyond 1
 
     # environment

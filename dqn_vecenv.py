@@ -28,9 +28,14 @@ EnvPool's C++ (envpool).
     python dqn_vecenv.py --resume runs/NAME --total-timesteps 160000
     python dqn_vecenv.py --play runs/NAME/best.pt --render
 
-RESULT
+Measured with the defaults, seeds 1 to 10: the final network's greedy return over 100 episodes is 500.0 on nine of ten
+(95 % interval of that rate: 55 to 100 %), 365.6 on the other. Training takes 14 to 24 s on two cores.
 
-Is my run healthy?       at 10 %    at 50 %    at 100 %     (HEALTHY)
+Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of ten seeds; lowest and highest at the end)
+    evaluation           249        159        500          (373 to 500; on the way it rises, falls and rises again)
+    return_mean_100      44         104        150          (78 to 264; a third, later a fifth of actions are random)
+    loss                 0.8        4.7        5.3          (2.8 to 24; of one minibatch)
+    q_taken              19         73         106          (97 to 124; the limit is 1 / (1 - gamma) = 100)
 
 One iteration of the loop, with n environments, and where it happens:
 
@@ -113,7 +118,7 @@ class Args:
     # optimisation
     learning_rate: Positive = 1.6e-2  # step size of Adam at the start
     learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
-    optimizer_eps: Positive = 1e-4  # added to what Adam divides by; larger than usual: without it returns collapse more
+    optimizer_eps: Positive = 1e-4  # added to what Adam divides by
     loss: Literal["mse", "huber"] = "mse"  # of the TD error: its square, or linear beyond 1
 
     # environment

@@ -26,13 +26,13 @@ is safe only while pi stays close to pi_old, which played: clipping takes away t
     python ppo_cartpole.py --resume runs/NAME --total-timesteps 120000    # the learning rate rises again
     python ppo_cartpole.py --play runs/NAME/best.pt --render
 
-RESULT-TODO Greedy return of the final network over 100 episodes, seeds 1 to 10: 500.0 on all, in 3.6 s on one core.
+Measured, seeds 1 to 20: the final network's greedy return over 100 episodes is 500.0 on 19 (95 % interval of that rate:
+75 to 100 %) and 499.3 on one. Training takes 4 to 6 s on one core.
 
-Is my run healthy?       at 10 %    at 50 %    at 100 %     (HEALTHY-TODO median of ten seeds; lowest and highest)
-    greedy return        258        500        500          (105 to 384; 425 to 500; 500 to 500)
-    training return      35         201        437          (mean of the last 100 episodes, which explore)
-    entropy              0.58       0.49       0.40         (0.69 = log 2 is a policy that does not care)
-    approx_kl            0.009      0.001      0.000        (of the last minibatch; it falls with the learning rate)
+Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians; lowest and highest at the end)
+    evaluation           143        500        500          (20 seeds; 500 to 500)
+    return_mean_100      31         195        434          (20 seeds; 367 to 479: training episodes explore)
+    entropy              0.60       0.52       0.43         (seeds 1 to 5; log 2 = 0.69 is a policy that does not care)
 
 Differences from the paper: as in its authors' code (openai/baselines, ppo2), orthogonal initial weights, advantages
 normalised in each minibatch, half the value loss and a clipped gradient (that code clips the value loss too). Learning

@@ -32,7 +32,8 @@ import vec_env_cost
 README = (ROOT / "README.md").read_text()
 READMES = [README, (ROOT / "README.zh-CN.md").read_text()]
 RESULTS = sorted(path.parent.name for path in (ROOT / "benchmarks" / "results").glob("*/summary.csv"))
-OF_TEN_SEEDS = ["dqn_cartpole", "dqn_vecenv", "ppo_cartpole", "dqn_lstm_cartpole"]
+OF_TEN_SEEDS = ["dqn_cartpole", "dqn_cartpole_11_20", "dqn_vecenv", "ppo_cartpole", "ppo_cartpole_11_20"]
+OF_TEN_SEEDS += ["dqn_lstm_cartpole", "dqn_lstm_cartpole_1_3"]
 OTHERS = [
     *("dqn_vecenv_dummy", "dqn_vecenv_envpool", "dqn_lstm_cartpole_memory_none", "dqn_lstm_cartpole_hide_none"),
     *("dqn_lstm_cartpole_hide_none_11_16", "dqn_lstm_cartpole_hide_none_eps_1e-4"),
@@ -404,6 +405,12 @@ def test_a_smoothed_curve_is_the_mean_of_the_last_values():
 
 def test_the_band_is_of_the_mean_over_seeds():
     curves = np.random.default_rng(1).normal(5.0, 2.0, size=(100, 3))
-    low, high = plot.band(curves)
+    low, high = table.bootstrap(curves)
     assert ((low < curves.mean(axis=0)) & (curves.mean(axis=0) < high)).all()
     assert high - low == pytest.approx(np.full(3, 2 * 1.96 * 0.2), rel=0.3)  # the standard error is 2 / sqrt(100)
+
+
+def test_the_interval_of_a_rate():
+    assert table.rate_interval(10, 10) == pytest.approx((0.025**0.1, 1.0))  # no rate below makes ten of ten likely
+    assert table.rate_interval(0, 10) == pytest.approx((0.0, 1.0 - 0.025**0.1), abs=1e-9)
+    assert table.rate_interval(15, 20) == pytest.approx((0.5090, 0.9134), abs=1e-4)
