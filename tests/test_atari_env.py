@@ -292,7 +292,7 @@ def test_a_film_is_1500_steps_at_most(tmp_path, monkeypatch):
     env.reset(seed=0)
     for _ in range(1_600):
         env.step(0)
-    assert len(frames) == 1_501  # and the one that the reset drew
+    assert len(frames) == 1_500  # with the one that the reset drew
 
 
 def test_rendering_shows_sprites_drawn_on_alternate_frames():

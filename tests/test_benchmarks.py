@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import datetime
+import inspect
 import itertools
 import json
 import re
@@ -14,7 +15,9 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import pytest
+import stable_baselines3
 import torch
+import tyro
 from conftest import ROOT, SCRIPTS, load
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -70,9 +73,11 @@ def test_a_table_of_nothing_is_refused():
         table.settings("no_such_runs")
 
 
-def test_a_rate_is_a_rate():
-    rate = vec_env_cost.transitions_per_second("slow_envs:Wait1ms-v0", "dummy", 2, seconds=0.3)
-    assert 50 < rate < 1_000  # a step of one environment waits for 1 ms and a bit, more where others compute
+def test_a_rate_is_a_rate(monkeypatch):
+    clock = itertools.count(0.0, 0.01)  # a look at it after each step of both environments
+    monkeypatch.setattr(vec_env_cost, "time", SimpleNamespace(perf_counter=clock.__next__))
+    rate = vec_env_cost.transitions_per_second("slow_envs:Wait0_1ms-v0", "dummy", 2, seconds=1.0)
+    assert rate == pytest.approx(2 / 0.01, rel=0.05)
 
 
 def test_the_watch_times_what_lies_between_two_steps(capsys, monkeypatch):
@@ -90,6 +95,29 @@ def test_the_watch_times_what_lies_between_two_steps(capsys, monkeypatch):
         watch.at(24)
     result = json.loads(capsys.readouterr().out.removeprefix("RESULT "))
     assert result["steps"] == 12 and 0 < result["seconds"] < 1
+
+
+@pytest.mark.parametrize("task", speed.TASKS.values(), ids=speed.TASKS)
+def test_the_peers_do_the_same_work(task):
+    algorithm = getattr(stable_baselines3, task.sb3["algorithm"])
+    defaults = {name: parameter.default for name, parameter in inspect.signature(algorithm).parameters.items()}
+    peer = SimpleNamespace(**{"n_envs": 1, **defaults, **task.sb3})
+    for command in task.ours.values():
+        script, *flags = command.split()
+        ours = tyro.cli(load(ROOT / script).Args, args=flags)
+        assert (ours.learning_rate, ours.gamma) == (peer.learning_rate, peer.gamma)
+        if script == "ppo_cartpole.py":
+            assert (ours.num_envs, ours.num_steps, ours.update_epochs) == (peer.n_envs, peer.n_steps, peer.n_epochs)
+            assert ours.num_envs * ours.num_steps == ours.num_minibatches * peer.batch_size
+            assert (ours.gae_lambda, ours.clip_coef) == (peer.gae_lambda, peer.clip_range)
+            weights = ours.entropy_coef, ours.value_coef, ours.max_grad_norm
+            assert weights == (peer.ent_coef, peer.vf_coef, peer.max_grad_norm)
+        else:
+            for name in ("batch_size", "buffer_size", "learning_starts", "tau"):
+                assert getattr(ours, name) == getattr(peer, name), name
+            assert ours.train_frequency * peer.gradient_steps == peer.train_freq * peer.n_envs
+            assert ours.target_frequency == peer.target_update_interval
+            assert not hasattr(ours, "max_grad_norm")  # time_sb3 sets the peer's so high that it never clips
 
 
 @pytest.mark.parametrize("name", RESULTS)
@@ -124,6 +152,31 @@ def test_a_finished_run_is_collected(tmp_path):
     row = run_seeds.collect(tmp_path, tmp_path)
     assert (row["seed"], row["worst_late_evaluation"]) == (4, 9.0)
     np.testing.assert_array_equal(plot.curve(tmp_path / "seed_4.csv", "eval/return_mean"), [[100, 200], [7, 9]])
+
+
+def test_long_curves_are_thinned_but_evaluations_are_kept(tmp_path):
+    result = dict.fromkeys(run_seeds.FROM_RESULT, 1.0) | {"evaluations": [[1, 7.0, 1.0]]}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    (tmp_path / "args.json").write_text('{"seed": 1}')
+    rows = [f"{step},{name},{step}" for step in range(1_000) for name in ("eval/return_mean", "train/loss")]
+    (tmp_path / "progress.csv").write_text("\n".join(["step,metric,value", *rows, "1,train/episode_return,9"]) + "\n")
+    run_seeds.collect(tmp_path, tmp_path)
+    assert len(plot.curve(tmp_path / "seed_1.csv", "eval/return_mean")[0]) == 1_000
+    np.testing.assert_array_equal(plot.curve(tmp_path / "seed_1.csv", "train/loss")[0], range(0, 1_000, 5))
+    assert "episode" not in (tmp_path / "seed_1.csv").read_text()
+
+
+def test_results_with_other_columns_are_not_added_to(tmp_path, monkeypatch):
+    out = tmp_path / "benchmarks" / "results" / "ppo_cartpole"
+    out.mkdir(parents=True)
+    (out / "summary.csv").write_text("seed,final_return_mean,solved_step\n3,500.0,\n")
+    (out / "command.json").write_text("what they were run with")
+    monkeypatch.setattr(run_seeds, "ROOT", tmp_path)
+    monkeypatch.setattr(run_seeds, "train", lambda *args: pytest.fail("trained in vain"))
+    monkeypatch.setattr(sys, "argv", ["run_seeds.py", "ppo_cartpole.py", "--seeds", "3", "4"])
+    with pytest.raises(SystemExit, match=r"has other columns than seed, final_return_mean, .*; give another --name"):
+        run_seeds.main()
+    assert (out / "command.json").read_text() == "what they were run with"
 
 
 def test_recorded_seeds_are_not_run_again(tmp_path, monkeypatch, capsys):
@@ -201,11 +254,12 @@ def test_ray_returns_what_a_process_pool_writes(monkeypatch, tmp_path):
 def untrained(script, path, **flags):
     """Write a checkpoint of a network that learned nothing; return its script's module."""
     module = load(ROOT / f"{script}.py")
-    args = module.Args(play="none", **flags)  # play: no memory is asked for
+    args = module.Args(**flags)
     env = module.make_env(args)
     torch.manual_seed(0)
     network = module.QNetwork(env.observation_space, env.action_space, args)
-    torch.save({"script": script, "args": dataclasses.asdict(args), "network": network.state_dict()}, path)
+    saved = {**dataclasses.asdict(args), "a_flag_of_older_scripts": 1}
+    torch.save({"script": script, "args": saved, "network": network.state_dict()}, path)
     return module
 
 
@@ -332,7 +386,8 @@ def test_a_checkpoint_of_the_repository_plays(path, cli):
     assert path.stem == script and path.stat().st_size < 100_000
     status, out, err = cli("--play", path, "--final-eval-episodes", 5, script=f"{script}.py")
     assert (status, err) == (0, "")
-    assert float(re.fullmatch(r"return (\S+) over 5 episodes .*\n", out)[1]) >= 475
+    assert out.startswith("--final-eval-episodes 5 in place of 100\nreturn "), out
+    assert float(re.search(r"\nreturn (\S+) over 5 episodes .*\n$", out)[1]) >= 475
 
 
 def test_the_repository_has_checkpoints_of_default_runs():
@@ -394,6 +449,10 @@ def test_a_run_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path)])
     plot.main()
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+    panels = plot.plt.gcf().axes
+    assert [panel.get_title() for panel in panels] == ["returns", "loss", "mean Q of a minibatch"]
+    training, evaluations = (line.get_ydata() for line in panels[0].lines)
+    assert training[-1] == np.mean(range(200, 300)) and list(evaluations) == [1.0, 1.0]
     with pytest.raises(SystemExit, match="is no run directory"):
         monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "none")])
         plot.main()
@@ -408,6 +467,15 @@ def test_the_band_is_of_the_mean_over_seeds():
     low, high = table.bootstrap(curves)
     assert ((low < curves.mean(axis=0)) & (curves.mean(axis=0) < high)).all()
     assert high - low == pytest.approx(np.full(3, 2 * 1.96 * 0.2), rel=0.3)  # the standard error is 2 / sqrt(100)
+
+
+def test_a_rate_and_a_mean_stand_with_their_intervals(tmp_path, monkeypatch):
+    (tmp_path / "some").mkdir()
+    finals = [500.0] * 9 + [400.0]
+    lines = ["seed,final_return_mean", *(f"{seed},{final}" for seed, final in enumerate(finals))]
+    (tmp_path / "some" / "summary.csv").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    assert table.rates_of("some").endswith(" | 9 of 10 | 55 to 100 % | 490.0 | 470.0 to 500.0 |")
 
 
 def test_the_interval_of_a_rate():
