@@ -16,7 +16,7 @@
 #     "tyro==1.0.16",
 # ]
 # ///
-r"""DQN on Atari: deep Q-learning from pixels (Mnih et al., Nature 518, 2015).
+"""DQN on Atari: deep Q-learning from pixels (Mnih et al., Nature 518, 2015).
 
     y = r + gamma * max_a' Q_target(s', a')    the target; y = r where the life ended
     L = mean of Huber(y - Q(s, a))             the loss, over a minibatch from the replay memory
@@ -41,23 +41,20 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %     of that Breakout run
     mean Q(s, a)         0.25       1.6        2.5          (the same)
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
-of play. A gradient step comes every 4 transitions, a copy to the target network every 1,000 transitions. A game's
-length, train/episode_length, is in frames: four per transition, and those of no-ops and FIRE. A memory of a million
-transitions takes 7 GB, each game's process 16 MB.
+of play. train/episode_length is in frames: four per transition, and those of no-ops and FIRE. A memory of a million
+transitions takes 7 GB, each game's process 16 MB. A resumed run plays --learning-starts transitions before it learns
+on, unless --checkpoint-memory wrote the memory.
 
 A training episode is a life; an evaluation plays the whole game. In both the next life begins with one no-op and, where
 action 1 is FIRE, actions 1 and 2: in training that spares the agent the screen that waits for FIRE, so it would not
 have learned to press it for an evaluation. train/episode_return is of whole games all the same, unclipped.
 
-A resumed run plays --learning-starts transitions before it learns on, unless --checkpoint-memory wrote the memory.
-
 Differences from the paper: Adam 1e-4 instead of RMSProp, target copies every 250 gradient steps instead of 10,000, 10
 million transitions instead of 50, epsilon down to 0.01 instead of 0.1 (and 0.01 in evaluations, of whole games, not
-0.05 and 5 minutes), learning from 80,000 transitions on instead of 50,000, FIRE pressed for the agent as a life begins.
-Several games side by side; a bootstrap where a game runs out of time. As there: no-op starts, 4 frames per action, the
-maximum of the last two, one life per episode, rewards -1, 0, 1, a gradient step every 4 actions, the TD error clipped
-(Huber loss). No double or dueling networks, no prioritised replay; n-step returns (Hessel et al., "Rainbow", AAAI 2018)
-only where --n-step asks for them.
+0.05 and 5 minutes), learning from 80,000 transitions on instead of 50,000, FIRE pressed for the agent, several games
+side by side, a bootstrap where a game runs out of time. As there: no-op starts, 4 frames per action, the maximum of the
+last two, one life per episode, rewards -1, 0, 1, a gradient step every 4 actions, the TD error clipped (Huber loss). No
+double or dueling networks, no prioritised replay; n-step returns (Hessel et al., "Rainbow", AAAI 2018) by --n-step.
 
 Differences from dqn_cartpole.py, by section. Environment: AtariGame, push_frames. Network: convolutions, bfloat16, a
 choice of first weights. Replay memory: frames, n-step returns. Training: stacks of frames; refilling the memory after a
@@ -102,7 +99,6 @@ Count = Annotated[int, 1, 10**9]  # a type, and the range that a flag must lie i
 Positive = Annotated[float, 1e-12, 1e9]
 NonNegative = Annotated[float, 0, 1e9]
 Fraction = Annotated[float, 0, 1]
-
 CONTAINER_LIMIT = "/sys/fs/cgroup/memory.max"  # Linux: bytes, or "max"
 
 
@@ -167,19 +163,18 @@ class Args:
 
 
 def fit_memory(args: Args):
-    """Set args.buffer_size to its default, or to what fits; refuse one that was asked for and does not fit.
-
-    The memory takes its pages as it fills: without this check a run would be killed hours after its start.
-    """
+    """Set args.buffer_size to its default, or to what fits; refuse one that was asked for and does not fit."""
+    # The memory takes its pages as it fills: without this check a run would be killed hours after its start.
     free, limit = psutil.virtual_memory().available, Path(CONTAINER_LIMIT)
     if limit.exists() and limit.read_text() != "max\n":
         free = min(free, int(limit.read_text()))
-    fitting = int(0.9 * free) // (84 * 84 + 11)  # a frame, and what else belongs to it; the rest: network, workers
+    fitting = int(0.9 * free) // (84 * 84 + 8)  # bytes: a frame, and what else belongs to it; the rest is for all else
     require(args, "buffer_size", (args.buffer_size or 1) <= fitting, f"{fitting:,} transitions fit into free memory")
-    if args.buffer_size is None:
-        args.buffer_size = min(1_000_000, fitting)
-        if fitting < 1_000_000:
-            print(f"the replay memory holds {fitting:,} transitions: 1,000,000 do not fit into free memory")
+    if args.buffer_size is None and fitting >= 1_000_000:
+        args.buffer_size = 1_000_000
+    elif args.buffer_size is None:
+        args.buffer_size = math.ceil(0.9 * fitting)  # not all: it has to fit at a resume too, with a little less free
+        print(f"the replay memory holds {args.buffer_size:,} transitions: 1,000,000 do not fit into free memory")
 
 
 # === Environment ======================================================================================================
@@ -189,15 +184,14 @@ class AtariGame(gym.Wrapper):
     """A game as the agent meets it: one 84x84 grey frame and one reward for every 4 emulator frames.
 
     The preprocessing of the Nature paper (Mnih et al., 2015, Methods), in one class so that its order can be read. Four
-    frames per action: a reward then follows its cause after a quarter as many steps, passes through fewer TD targets on
-    its way back, and things move visibly from one observation to the next. It drives the emulator itself, for speed: a
-    full RGB screen is fetched for 2 of 4 frames only. A wrapper below this one would see no steps.
+    frames per action: a reward follows its cause after a quarter as many steps, and things move visibly from one
+    observation to the next. For speed it fetches 2 of 4 screens, from the emulator: a wrapper below it sees no steps.
 
     training=True   an episode is one life, the reward its sign (-1, 0 or 1)
     training=False  an episode is a whole game, the reward the raw score gained; step() begins the next life
 
-    Where a game (not a life) ended since the last step, info["episode"] holds its raw score "r" and its length "l"
-    in emulator frames, no-ops included. A game may end between two steps: in the no-op or FIRE after a lost life.
+    Where a game ended since the last step (maybe in the no-op or FIRE after a lost life, between two steps),
+    info["episode"] holds its raw score "r" and its length "l" in emulator frames, no-ops included.
     """
 
     def __init__(self, env: gym.Env, training: bool):
@@ -206,15 +200,11 @@ class AtariGame(gym.Wrapper):
         self.ale = env.unwrapped.ale
         meanings = env.unwrapped.get_action_meanings()
         self.actions = [ale_py.Action[meaning] for meaning in meanings]
-        # FIRE starts some games, and a few of them need a second action.
-        self.start_actions = [1, 2] if meanings[1] == "FIRE" else []
+        self.start_actions = [1, 2] if meanings[1] == "FIRE" else []  # FIRE begins; a few games need a second action
         self.screens = np.zeros((2, *self.ale.getScreenDims(), 3), np.uint8)  # the last two emulator frames
-        self.grey = np.zeros(self.ale.getScreenDims(), np.uint8)
         self.observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
         self.metadata = {**env.metadata, "render_fps": 15}  # 60 emulator frames per second, 4 per step
-        self.score = 0  # raw, of the current game
-        self.lives = 0
-        self.game_over = True
+        self.score, self.lives, self.game_over = 0, 0, True  # of the current game; the score is raw
         self.finished: dict | None = None  # statistics of a game that ended and was not yet reported
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -227,17 +217,13 @@ class AtariGame(gym.Wrapper):
                 if not self.game_over:
                     gained, terminated, truncated = self._repeat(start_action)
                     reward += gained
-        info = {}
-        if self.finished:
-            info["episode"], self.finished = self.finished, None
-        if self.training:
-            reward = np.sign(reward)
-        return self._observe(), float(reward), terminated, truncated, info
+        info = {"episode": self.finished} if self.finished else {}
+        self.finished = None
+        return self._observe(), float(np.sign(reward) if self.training else reward), terminated, truncated, info
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Begin an episode; while training the next life of the same game, unless it is over or a seed is given."""
-        if seed is not None:
-            self.game_over = True
+        self.game_over |= seed is not None
         self._next_episode(seed, options)
         for action in self.start_actions:
             _, terminated, truncated = self._repeat(action)
@@ -265,12 +251,9 @@ class AtariGame(gym.Wrapper):
         self.game_over = terminated or truncated
         if self.game_over:
             self.finished = {"r": float(self.score), "l": self.ale.getEpisodeFrameNumber()}
-        lives = self.ale.lives()
+        lives, self.lives = self.lives, self.ale.lives()
         # Only a drop to a positive count is a lost life: some games (BankHeist) show 0 a while before they are over.
-        if self.training and 0 < lives < self.lives:
-            terminated = True
-        self.lives = lives
-        return reward, terminated, truncated
+        return reward, terminated or (self.training and 0 < self.lives < lives), truncated
 
     def _next_episode(self, seed: int | None = None, options: dict | None = None):
         if self.training and not self.game_over:
@@ -291,15 +274,14 @@ class AtariGame(gym.Wrapper):
     def _observe(self) -> np.ndarray:
         """Return the maximum of both screens, as games draw some sprites on alternate frames only: (84, 84) uint8."""
         np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
-        cv2.cvtColor(self.screens[0], cv2.COLOR_RGB2GRAY, dst=self.grey)
-        return cv2.resize(self.grey, (84, 84), interpolation=cv2.INTER_AREA)  # a new array: the caller may keep it
+        grey = cv2.cvtColor(self.screens[0], cv2.COLOR_RGB2GRAY)
+        return cv2.resize(grey, (84, 84), interpolation=cv2.INTER_AREA)  # a new array: the caller may keep it
 
 
 def make_env(args: Args, evaluation: bool = False, render_mode: str | None = None, video_dir: Path | None = None):
     """Return one Atari game whose observation is one frame, (84, 84) uint8.
 
-    Any frame skip of the id gives way to AtariGame's. Sticky actions stay as the id has them: in ALE/*-v5 the emulator
-    repeats the last action with probability 0.25, drawn anew at every frame.
+    Any frame skip of the id goes. Sticky actions stay: ALE/*-v5 repeats the last action with probability 0.25 a frame.
     """
     cv2.setNumThreads(1)  # OpenCV would start a thread per core in every worker
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from each of them
@@ -374,49 +356,39 @@ def select_device(name: str, auto: str) -> torch.device:
 class QNetwork(nn.Module):
     """Q(s, a) for all actions at once: obs (B, 4, 84, 84) uint8 -> q_values (B, num_actions).
 
-    nature: the network of Mnih et al. (2015). nips: the one of their "Playing Atari with Deep Reinforcement Learning"
-    (2013), with half the filters and one convolution less: a third of the multiplications.
+    nature: Mnih et al. (2015). nips: their "Playing Atari with Deep Reinforcement Learning", 2013; a third of the work.
     """
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
         self.precision = getattr(torch, args.precision)
         if args.network == "nature":
-            layers = [
+            convolutions = [
                 nn.Conv2d(4, 32, kernel_size=8, stride=4),  # (B, 4, 84, 84) -> (B, 32, 20, 20)
-                nn.ReLU(),
                 nn.Conv2d(32, 64, kernel_size=4, stride=2),  # -> (B, 64, 9, 9)
-                nn.ReLU(),
                 nn.Conv2d(64, 64, kernel_size=3, stride=1),  # -> (B, 64, 7, 7)
-                nn.ReLU(),
-                nn.Flatten(),  # -> (B, 3136)
-                nn.Linear(3136, 512),
-                nn.ReLU(),
             ]
+            hidden = nn.Linear(64 * 7 * 7, 512)
         else:
-            layers = [
+            convolutions = [
                 nn.Conv2d(4, 16, kernel_size=8, stride=4),  # (B, 4, 84, 84) -> (B, 16, 20, 20)
-                nn.ReLU(),
                 nn.Conv2d(16, 32, kernel_size=4, stride=2),  # -> (B, 32, 9, 9)
-                nn.ReLU(),
-                nn.Flatten(),  # -> (B, 2592)
-                nn.Linear(2592, 256),
-                nn.ReLU(),
             ]
+            hidden = nn.Linear(32 * 9 * 9, 256)
+        layers = [layer for convolution in convolutions for layer in (convolution, nn.ReLU())]
         # channels_last, as the minibatches are: else each convolution would rearrange its weights or its input
-        self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)
-        self.head = nn.Linear(layers[-2].out_features, action_space.n)
+        self.layers = nn.Sequential(*layers, nn.Flatten(), hidden, nn.ReLU()).to(memory_format=torch.channels_last)
+        self.head = nn.Linear(hidden.out_features, action_space.n)
         if args.init == "he":
             # A layer of PyTorch's weights, with its ReLU, passes on a sixth of the variance between two screens; one of
             # He's (He et al., ICCV 2015) all of it: a ball of a few pixels reaches the head, which has no ReLU.
-            for layer in layers:
-                if isinstance(layer, nn.Conv2d | nn.Linear):
-                    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                    nn.init.zeros_(layer.bias)
+            for layer in (*convolutions, hidden):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        # The only place where pixels are scaled. In place: a second array of 3.6 MB, whose pages the operating system
-        # hands out anew each time, costs more than the division. copy: float pixels would be the caller's own array.
+        # The only place where pixels are scaled; in place, since a second array of 3.6 MB would cost more than the
+        # division. copy: float pixels would be the caller's own array.
         pixels = obs.to(self.precision, copy=True).div_(255.0)
         with torch.autocast(obs.device.type, self.precision, enabled=self.precision != torch.float32):
             features = self.layers(pixels)
@@ -428,17 +400,13 @@ class QNetwork(nn.Module):
 
 
 class Batch(NamedTuple):
-    """B transitions: what the agent saw, did and got, what it saw next, and whether the episode terminated there.
-
-    With n_step above 1 a row spans m <= n transitions: obs and action of the first, the rewards of all, next_obs and
-    terminated of the last.
-    """
+    """B transitions, or B chains of m <= n_step of them: obs and actions are of the first, next_obs of the last."""
 
     obs: torch.Tensor  # (B, 4, 84, 84) uint8
     actions: torch.Tensor  # (B,)
-    rewards: torch.Tensor  # (B,): r_t + gamma * r_t+1 + ... over the m <= n transitions
+    rewards: torch.Tensor  # (B,): r_t + gamma * r_t+1 + ... over the m transitions
     next_obs: torch.Tensor  # (B, 4, 84, 84) uint8: m steps later
-    terminated: torch.Tensor  # (B,), 1.0 or 0.0
+    terminated: torch.Tensor  # (B,), 1.0 or 0.0; 0.0 also where only time ran out
     discounts: torch.Tensor  # (B,): gamma^m, which weighs the bootstrap
 
 
@@ -447,13 +415,10 @@ class ReplayMemory:
 
     Every frame takes a slot, the one that ended an episode included, so the next frame is always in the next slot. The
     rings are interleaved in flat arrays: index = slot * num_envs + env, and the same environment's next slot is
-    num_envs further on, modulo the capacity.
-
-    An observation is named by the index of its newest frame, a transition by that of its observation. What may be drawn
-    is marked drawable; excluded are
+    num_envs further on, modulo the capacity. An observation is named by the index of its newest frame, a transition by
+    that of its observation. What may be drawn is marked drawable; excluded are
       - observations that ended an episode, and the newest of each environment: no action was taken there;
       - the 3 oldest of a full ring: the frames before them, which are part of their stack, are overwritten.
-    So every ended episode costs a slot, for its last observation: slightly fewer transitions than buffer_size fit.
     """
 
     def __init__(self, buffer_size: int, num_envs: int):
@@ -476,7 +441,7 @@ class ReplayMemory:
         self._write(np.arange(self.num_envs), frames, starts=True)
 
     def add(self, actions, rewards, next_frames, terminated, ended, new_frames):
-        """Store a step of all environments; the first dimension of each array is num_envs.
+        """Store a step of all environments, arrays of (num_envs, ...).
 
         next_frames: what the actions led to, also where that ended an episode. new_frames: what the next actions are
         chosen from; it differs where ended is true, and is stored there as the start of an episode.
@@ -514,14 +479,9 @@ class ReplayMemory:
             discounts[follows] *= gamma
             last = np.where(follows, following, last)
 
-        columns = Batch(
-            obs=self.stacks(index),
-            actions=arrays["actions"][index].astype(np.int64),
-            rewards=rewards,
-            next_obs=self.stacks((last + self.num_envs) % self.capacity),
-            terminated=arrays["terminated"][last].astype(np.float32),
-            discounts=discounts,
-        )
+        actions, terminated = arrays["actions"][index].astype(np.int64), arrays["terminated"][last].astype(np.float32)
+        next_obs = self.stacks((last + self.num_envs) % self.capacity)
+        columns = (self.stacks(index), actions, rewards, next_obs, terminated, discounts)  # in the order of Batch
         return Batch(*(torch.from_numpy(column).to(device) for column in columns))
 
     def stacks(self, index: np.ndarray) -> np.ndarray:
@@ -539,11 +499,11 @@ class ReplayMemory:
 
     def state_dict(self) -> dict:
         arrays = {name: torch.from_numpy(array[: self.filled]) for name, array in self.arrays.items()}
-        return {"newest": torch.from_numpy(self.newest), **arrays}
+        return {"size": torch.tensor([self.capacity, self.num_envs]), "newest": torch.from_numpy(self.newest), **arrays}
 
     def load_state_dict(self, state: dict):
         """Restore; begin must follow, since the environments start new episodes."""
-        if len(state["newest"]) != self.num_envs or len(state["frames"]) > self.capacity:
+        if state["size"].tolist() != [self.capacity, self.num_envs]:
             raise ValueError("its replay memory has another --buffer-size or --num-envs")
         self.filled = len(state["frames"])
         self.arrays["drawable"][:] = False
@@ -559,8 +519,7 @@ def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, l
     """Return the TD loss (Mnih et al. 2015), and Q(s, a) of the actions taken, (B,).
 
     y = r + gamma * max_a' Q_target(s', a')    where the episode went on, or only ran out of time (truncated)
-    y = r                                      where it terminated. After a lost life the game goes on and pays, but not
-                                               this episode: that is what makes losing one costly
+    y = r                                      where it terminated: what the game pays after a lost life does not count
 
     With n-step returns r is the sum of m <= n discounted rewards, s' is m steps later, and gamma^m takes the place of
     gamma (batch.discounts). The actions in between are those of old networks, or random: y is off by what they cost.
@@ -594,9 +553,8 @@ def train(args: Args) -> dict:
     fit_memory(args)
     for set_seed in (torch.manual_seed, random.seed, np.random.seed):
         set_seed(args.seed)
-    # Where gradients cease (dead ReLUs), Adam's running means of them shrink to denormal numbers, below 1e-38, and stay
-    # there; its step then takes four times as long. Taken for zeros they cost nothing. Each thread has its own mode:
-    # set here, before torch starts any, it is inherited by all.
+    # Where gradients cease (dead ReLUs), Adam's means shrink to denormal numbers, with which its step takes four times
+    # as long; as zeros they cost nothing. Set before torch starts its threads, so that each of them inherits it.
     torch.set_flush_denormal(True)
     # Below 2^30, so that what is added stays below 2^31: some environments hand their seed to a C int.
     train_seed, eval_seed, final_seed = (int(s) % 2**30 for s in np.random.SeedSequence(args.seed).generate_state(3))
@@ -618,7 +576,7 @@ def train(args: Args) -> dict:
         rest = (global_step - learning_starts) % args.train_frequency
         learning_starts = global_step - gradient_steps * args.train_frequency - rest
     if args.resume and not args.checkpoint_memory:
-        learning_starts += args.learning_starts  # so many transitions refill the memory before it learns on
+        learning_starts += args.learning_starts if gradient_steps > 0 else global_step  # the memory is empty
         tqdm.write(f"no learning until {args.learning_starts:,} transitions have refilled the replay memory")
     optimizer.param_groups[0]["eps"] = args.optimizer_eps  # of this command line, not of the resumed run's
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i

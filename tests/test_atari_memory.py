@@ -186,8 +186,9 @@ def test_a_million_transitions_need_7_gigabytes():
     assert 7.05e9 < sum(array.nbytes for array in arrays) < 7.07e9
 
 
-@pytest.mark.parametrize("num_envs, buffer_size", [(2, 30), (3, 60)])
+@pytest.mark.parametrize("num_envs, buffer_size", [(2, 30), (3, 60), (3, 15)])
 def test_the_state_of_another_memory_is_refused(num_envs, buffer_size):
+    """Of a smaller one, too: full, it goes on at its first slot, and not behind its last."""
     run = Run(num_envs, buffer_size, seed=3)
     for _ in range(60):
         run.step()

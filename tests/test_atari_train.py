@@ -61,11 +61,11 @@ def test_a_memory_that_does_not_fit_shrinks_unless_it_was_asked_for(free, limit,
     monkeypatch.setattr(dqn_atari, "CONTAINER_LIMIT", tmp_path / "memory.max")
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
     fit_memory(default := Args())
-    assert default.buffer_size == 127_352  # 0.9 GB
-    assert "the replay memory holds 127,352 transitions: 1,000,000 do not fit" in capsys.readouterr().out
-    fit_memory(asked := Args(buffer_size=120_000))
-    assert asked.buffer_size == 120_000 and capsys.readouterr().out == ""
-    with pytest.raises(ValueError, match="--buffer-size 130000: 127,352 transitions fit"):
+    assert default.buffer_size == 114_666  # 0.81 GB: room is left for other things, and for less room at a resume
+    assert "the replay memory holds 114,666 transitions: 1,000,000 do not fit" in capsys.readouterr().out
+    fit_memory(asked := Args(buffer_size=127_000))  # 0.9 GB
+    assert asked.buffer_size == 127_000 and capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="--buffer-size 130000: 127,406 transitions fit"):
         fit_memory(Args(buffer_size=130_000))
 
 
@@ -74,6 +74,30 @@ def test_a_million_transitions_where_they_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=8e9))
     fit_memory(args := Args())
     assert args.buffer_size == 1_000_000 and capsys.readouterr().out == ""
+
+
+def test_a_run_whose_memory_shrank_is_resumed_with_the_same_where_less_is_free(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(dqn_atari, "CONTAINER_LIMIT", tmp_path / "none")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1e7))
+    run(tmp_path, buffer_size=None, checkpoint_memory=True, total_timesteps=240)
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert saved["args"]["buffer_size"] == 1_147  # of 1,415 in all
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0.95e7))
+    args = saved["args"] | {"resume": str(tmp_path / "run"), "run_dir": "", "total_timesteps": 280}
+    assert train(Args(**args))["gradient_steps"] == 20
+    with pytest.raises(ValueError, match="--buffer-size 1147: 1,146 transitions fit into free memory"):
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0.9e7))
+        train(Args(**args))
+
+
+def test_playing_needs_no_room_for_a_replay_memory(tmp_path, monkeypatch, capsys):
+    env, path = make_env(Args(**SHORT)), tmp_path / "best.pt"
+    network = QNetwork(env.observation_space, env.action_space, Args(**SHORT))
+    dqn_atari.save_checkpoint(path, network=network, args={})
+    monkeypatch.setattr(dqn_atari, "CONTAINER_LIMIT", tmp_path / "none")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
+    dqn_atari.play(Args(**SHORT, play=str(path)), QNetwork)
+    assert "return 0.0 over 1 episodes" in capsys.readouterr().out
 
 
 # --- The network ---
@@ -190,8 +214,17 @@ def test_a_resumed_run_learns_on_at_once_only_with_its_memory(checkpoint_memory,
     assert result["gradient_steps"] == (200 if checkpoint_memory else 150)
 
 
+def test_a_run_stopped_before_it_learned_refills_its_memory_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(dqn_atari.Run, "signal", 2)  # stops it after its first step
+    with pytest.raises(SystemExit):
+        run(tmp_path)
+    monkeypatch.setattr(dqn_atari.Run, "signal", 0)
+    result = run(tmp_path, resume=str(tmp_path / "run"), total_timesteps=300)
+    assert result["gradient_steps"] == (300 - (2 + 200)) // 4
+
+
 def test_everything_but_the_replay_memory_takes_well_under_a_gigabyte(python, tmp_path):
-    done = python(ROOT / "benchmarks" / "atari_memory.py", "--buffer-size", 30_000, "--out", tmp_path)
+    done = python(ROOT / "benchmarks" / "atari_memory.py", "--buffer-size", 30_000, "--out", tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr
     (row,) = csv.DictReader((tmp_path / "atari_memory.csv").open())
     assert int(row["frames"]) >= 30_000 * 84 * 84

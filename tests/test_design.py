@@ -25,7 +25,7 @@ SECTIONS = ["Arguments", "Environment", "Network", "Replay memory|Rollout", "Equ
 MAY_DIFFER = {"Args", "make_env", "QNetwork", "ReplayMemory", "Batch", "td_loss", "train", "evaluate"}
 # Of the plumbing: all lines, and those that are neither blank nor comment nor docstring.
 MAX_PLUMBING, MAX_PLUMBING_CODE = 240, 190
-MAX_LINES = {"dqn_cartpole": 685, "dqn_vecenv": 755, "ppo_cartpole": 670, "dqn_lstm_cartpole": 840, "dqn_atari": 965}
+MAX_LINES = {"dqn_cartpole": 685, "dqn_vecenv": 755, "ppo_cartpole": 670, "dqn_lstm_cartpole": 840, "dqn_atari": 920}
 MAX_DOCSTRING = defaultdict(lambda: 50, dqn_cartpole=30, ppo_cartpole=30)
 RUN_FILES = {"args.json", "progress.csv", "best.pt", "last.pt", "result.json"}
 RESULTS = {
