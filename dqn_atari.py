@@ -49,12 +49,13 @@ A training episode is a life; an evaluation plays the whole game. In both the ne
 action 1 is FIRE, actions 1 and 2: in training that spares the agent the screen that waits for FIRE, so it would not
 have learned to press it for an evaluation. train/episode_return is of whole games all the same, unclipped.
 
-Differences from the paper: Adam 1e-4 instead of RMSProp, target copies every 250 gradient steps instead of 10,000, 10
-million transitions instead of 50, epsilon down to 0.01 instead of 0.1 (and 0.01 in evaluations, of whole games, not
-0.05 and 5 minutes), learning from 80,000 transitions on instead of 50,000, FIRE pressed for the agent, several games
-side by side, a bootstrap where a game runs out of time. As there: no-op starts, 4 frames per action, the maximum of the
-last two, one life per episode, rewards -1, 0, 1, a gradient step every 4 actions, the TD error clipped (Huber loss). No
-double or dueling networks, no prioritised replay; n-step returns (Hessel et al., "Rainbow", AAAI 2018) by --n-step.
+Differences from the paper: Adam, whose learning rate falls from 2e-4 to 0, instead of RMSProp; three-step returns
+(Hessel et al., "Rainbow", AAAI 2018), which carry a reward back three times as fast; a gradient step every 6 actions
+instead of 4, so that more is played in an hour; target copies every 667 gradient steps instead of 10,000; 10 million
+transitions instead of 50, epsilon down to 0.01 after 250,000 (and 0.01 in evaluations, of whole games, not 0.05 and 5
+minutes), learning from 20,000 on instead of 50,000; FIRE pressed for the agent, several games side by side, a bootstrap
+where a game runs out of time. As there: no-op starts, 4 frames per action, the maximum of the last two, one life per
+episode, rewards -1, 0, 1, the TD error clipped (Huber loss). No double or dueling networks, no prioritised replay.
 
 Differences from dqn_cartpole.py, by section. Environment: AtariGame, push_frames. Network: convolutions, bfloat16, a
 choice of first weights. Replay memory: frames, n-step returns. Training: stacks of frames; refilling the memory after a
@@ -104,16 +105,16 @@ CONTAINER_LIMIT = "/sys/fs/cgroup/memory.max"  # Linux: bytes, or "max"
 
 @dataclass
 class Args:
-    """DQN (Mnih et al. 2015) for Atari games, from pixels."""
+    """DQN (Mnih et al. 2015) from pixels: Atari games, or any environment whose observation is one 84x84 grey frame."""
 
     # algorithm
     total_timesteps: Count = 10_000_000  # transitions, summed over the environments; 4 emulator frames each
-    learning_starts: Count = 80_000  # transitions before the first gradient step, and before learning on at a resume
-    train_frequency: Count = 4  # transitions per gradient step
-    target_frequency: Count = 1_000  # transitions per update of the target network
+    learning_starts: Count = 20_000  # transitions before the first gradient step, and before learning on at a resume
+    train_frequency: Count = 6  # transitions per gradient step
+    target_frequency: Count = 4_000  # transitions per update of the target network
     tau: Annotated[float, 1e-6, 1] = 1.0  # how far that update moves it to the online network; 1 makes it a copy
     gamma: Fraction = 0.99  # discount per step
-    n_step: Annotated[int, 1, 1_000] = 1  # rewards in a target before the bootstrap; actions of old networks count too
+    n_step: Annotated[int, 1, 1_000] = 3  # rewards in a target before the bootstrap; actions of old networks count too
     buffer_size: Annotated[int | None, 1, 10**9] = None  # transitions in the memory (default: 1,000,000, or what fits)
     batch_size: Count = 32  # transitions per gradient step
     network: Literal["nature", "nips"] = "nature"  # of 2015; or of 2013, a third of the multiplications
@@ -122,17 +123,18 @@ class Args:
     # exploration
     epsilon_start: Fraction = 1.0  # probability of a random action at the start
     epsilon_end: Fraction = 0.01  # probability of a random action once the schedule has ended
-    exploration_steps: Count = 1_000_000  # transitions over which epsilon falls, in a straight line
+    exploration_steps: Count = 250_000  # transitions over which epsilon falls, in a straight line
 
     # optimisation
-    learning_rate: Positive = 1e-4  # step size of Adam at the start
-    learning_rate_end: Annotated[float | None, 0, 1e9] = None  # at the end of a straight line (default: constant)
+    learning_rate: Positive = 2e-4  # step size of Adam at the start
+    learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
     optimizer_eps: Positive = 1e-8  # added to what Adam divides by
     loss: Literal["mse", "huber"] = "huber"  # of the TD error: its square, or linear beyond 1
-    precision: Literal["float32", "bfloat16"] = "float32"  # bfloat16 is faster on some processors: measure it
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 where the processor has instructions for it
 
     # environment
-    env_id: str = "BreakoutNoFrameskip-v4"  # an Atari id: {Game}NoFrameskip-v4, or ALE/{Game}-v5 for sticky actions
+    env_id: str = "BreakoutNoFrameskip-v4"  # {Game}NoFrameskip-v4, ALE/{Game}-v5 (sticky actions), or module:Frames-v0
+    clip_rewards: bool = True  # learn from the sign of each reward; --no-clip-rewards where sizes matter
     num_envs: Annotated[int, 1, 1_000] = 8  # games that are played side by side
     vec_env: Literal["dummy", "subproc"] = "subproc"  # in this process; or a process each
     time_limit: Annotated[int | None, -1, 2**28] = None  # steps per game instead of the emulator's 27,000; -1: none
@@ -187,16 +189,16 @@ class AtariGame(gym.Wrapper):
     frames per action: a reward follows its cause after a quarter as many steps, and things move visibly from one
     observation to the next. For speed it fetches 2 of 4 screens, from the emulator: a wrapper below it sees no steps.
 
-    training=True   an episode is one life, the reward its sign (-1, 0 or 1)
-    training=False  an episode is a whole game, the reward the raw score gained; step() begins the next life
+    training=True   an episode is one life
+    training=False  an episode is a whole game; step() begins the next life
 
     Where a game ended since the last step (maybe in the no-op or FIRE after a lost life, between two steps),
     info["episode"] holds its raw score "r" and its length "l" in emulator frames, no-ops included.
     """
 
-    def __init__(self, env: gym.Env, training: bool):
+    def __init__(self, env: gym.Env, training: bool, clip: bool):
         super().__init__(env)
-        self.training = training
+        self.training, self.clip = training, clip  # clip: a reward is its sign, -1, 0 or 1
         self.ale = env.unwrapped.ale
         meanings = env.unwrapped.get_action_meanings()
         self.actions = [ale_py.Action[meaning] for meaning in meanings]
@@ -219,7 +221,7 @@ class AtariGame(gym.Wrapper):
                     reward += gained
         info = {"episode": self.finished} if self.finished else {}
         self.finished = None
-        return self._observe(), float(np.sign(reward) if self.training else reward), terminated, truncated, info
+        return self._observe(), float(np.sign(reward) if self.clip else reward), terminated, truncated, info
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Begin an episode; while training the next life of the same game, unless it is over or a seed is given."""
@@ -278,25 +280,55 @@ class AtariGame(gym.Wrapper):
         return cv2.resize(grey, (84, 84), interpolation=cv2.INTER_AREA)  # a new array: the caller may keep it
 
 
-def make_env(args: Args, evaluation: bool = False, render_mode: str | None = None, video_dir: Path | None = None):
-    """Return one Atari game whose observation is one frame, (84, 84) uint8.
+class PixelEnv(gym.Wrapper):
+    """An environment that is no Atari game, with (84, 84) uint8 frames: copied, and with an info like AtariGame's."""
 
-    Any frame skip of the id goes. Sticky actions stay: ALE/*-v5 repeats the last action with probability 0.25 a frame.
+    def __init__(self, env: gym.Env, clip: bool):
+        super().__init__(env)
+        self.clip = clip  # a reward is its sign
+        space, actions = env.observation_space, env.action_space
+        if (space.shape, space.dtype) != ((84, 84), np.uint8) or not isinstance(actions, gym.spaces.Discrete):
+            needs = "(84, 84) uint8 frames (Gymnasium has ResizeObservation, GrayscaleObservation), discrete actions"
+            raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; this script needs {needs}")
+        self.action_space = gym.spaces.Discrete(int(actions.n))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        self.score, self.length = 0.0, 0
+        return np.array(self.env.reset(seed=seed, options=options)[0]), {}
+
+    def step(self, action: int):
+        obs, reward, terminated, truncated, _ = self.env.step(np.int64(action) + self.env.action_space.start)
+        self.score, self.length = self.score + float(reward), self.length + 1
+        info = {"episode": {"r": self.score, "l": self.length}} if terminated or truncated else {}
+        return np.array(obs), float(np.sign(reward) if self.clip else reward), bool(terminated), bool(truncated), info
+
+
+def make_env(args: Args, evaluation: bool = False, render_mode: str | None = None, video_dir: Path | None = None):
+    """Return one game whose observation is one frame, (84, 84) uint8; in training the reward is its sign.
+
+    The frame skip of an Atari id goes. Sticky actions stay: ALE/*-v5 repeats the last action a quarter of the time.
     """
     cv2.setNumThreads(1)  # OpenCV would start a thread per core in every worker
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from each of them
-    options = {"render_mode": render_mode, "disable_env_checker": True}
-    if args.time_limit is not None and not (evaluation and args.time_limit == -1):  # an evaluation has to end
-        options["max_num_frames_per_episode"] = max(0, 4 * args.time_limit)  # 0: no limit
+    time_limit = None if evaluation and args.time_limit == -1 else args.time_limit  # an evaluation has to end
     try:
         module, _, env_id = args.env_id.rpartition(":")
         if module:
             importlib.import_module(module)
-        if "AtariEnv" not in str(gym.spec(env_id).entry_point):
-            raise gym.error.Error("this is no Atari game; give an id such as BreakoutNoFrameskip-v4 or ALE/Pong-v5")
-        env = AtariGame(gym.make(env_id, **options), training=not evaluation)
-    except (gym.error.Error, ModuleNotFoundError) as error:
+        atari, options = "AtariEnv" in str(gym.spec(env_id).entry_point), {"max_episode_steps": time_limit}
+        if atari:
+            limit = {} if time_limit is None else {"max_num_frames_per_episode": max(0, 4 * time_limit)}  # 0: no limit
+            options = {"disable_env_checker": True, **limit}
+        env = gym.make(env_id, **options)
+        if render_mode in (env.metadata.get("render_modes") or ()):  # not every environment takes one
+            env.close()
+            env = gym.make(env_id, render_mode=render_mode, **options)
+    except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
         raise UsageError(f"--env-id {args.env_id}: {error}") from None
+    if evaluation and not atari and env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
+    clip = args.clip_rewards and not evaluation
+    env = AtariGame(env, not evaluation, clip) if atari else PixelEnv(env, clip)
     if video_dir is not None:
         env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)
     return env
@@ -361,7 +393,10 @@ class QNetwork(nn.Module):
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
-        self.precision = getattr(torch, args.precision)
+        instructions = getattr(torch.cpu, "get_capabilities", dict)()  # of this processor; torch 2.11 cannot tell
+        fast = not torch.cuda.is_available() and (instructions.get("avx512_bf16") or instructions.get("amx_bf16"))
+        auto = torch.bfloat16 if fast else torch.float32
+        self.precision = auto if args.precision == "auto" else getattr(torch, args.precision)
         if args.network == "nature":
             convolutions = [
                 nn.Conv2d(4, 32, kernel_size=8, stride=4),  # (B, 4, 84, 84) -> (B, 32, 20, 20)
@@ -566,7 +601,6 @@ def train(args: Args) -> dict:
     memory = ReplayMemory(args.buffer_size, args.num_envs)
     loss_function = F.mse_loss if args.loss == "mse" else F.smooth_l1_loss
     loss = torch.zeros(())  # until the first gradient step
-    learning_rate_end = args.learning_rate if args.learning_rate_end is None else args.learning_rate_end
     kept = {"memory": memory} if args.checkpoint_memory else {}
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, **kept)
     counters = ("global_step", "gradient_steps", "target_syncs")
@@ -599,7 +633,7 @@ def train(args: Args) -> dict:
         global_step += args.num_envs
 
         # Learn: one gradient step per train_frequency transitions, however many environments there are.
-        learning_rate = linear_schedule(args.learning_rate, learning_rate_end, args.total_timesteps, global_step)
+        learning_rate = linear_schedule(args.learning_rate, args.learning_rate_end, args.total_timesteps, global_step)
         optimizer.param_groups[0]["lr"] = learning_rate
         while gradient_steps < (global_step - learning_starts) // args.train_frequency:
             batch = memory.sample(args.batch_size, args.n_step, args.gamma, device)

@@ -124,7 +124,7 @@ class Args:
     # environment
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:EnvName-v0 imports your own module first
     num_envs: Annotated[int, 1, 1_000] = 16  # environments that step side by side
-    vec_env: Literal["subproc", "dummy", "envpool"] = "subproc"  # a process each, in this process, or C++ threads
+    vec_env: Literal["subproc", "dummy", "envpool", "ray"] = "subproc"  # processes, none, C++ threads, a cluster
     time_limit: Annotated[int | None, -1, 10**9] = None  # steps per episode, not the environment's own; -1: no limit
 
     # evaluation
@@ -287,6 +287,43 @@ class EnvPoolVecEnv:
         self.pool = None  # ends its threads
 
 
+class RayVecEnv:
+    """Environments in Ray actors, on this machine or on the cluster that $RAY_ADDRESS names, behind SB3's interface.
+
+    An actor holds a DummyVecEnv of one environment, so resets, last observations and infos are SB3's own.
+    """
+
+    def __init__(self, args: Args):
+        require(args, "vec_env", importlib.util.find_spec("ray"), "first: pip install ray")
+        import ray
+
+        env = make_env(args)
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        env.close()
+        if not ray.is_initialized():  # the nodes of a cluster get this folder's modules; on this machine they are there
+            modules = {"working_dir": ".", "excludes": ["runs"]} if "RAY_ADDRESS" in os.environ else {}
+            ray.init(runtime_env=modules, log_to_driver=False)
+        actor, self.get, self.kill = ray.remote(scheduling_strategy="SPREAD")(DummyVecEnv), ray.get, ray.kill
+        self.actors = [actor.remote([partial(make_worker_env, args, index)]) for index in range(args.num_envs)]
+
+    def seed(self, seed: int):
+        self.get([actor.seed.remote(seed + i) for i, actor in enumerate(self.actors)])
+
+    def reset(self) -> np.ndarray:
+        return np.concatenate(self.get([actor.reset.remote() for actor in self.actors]))
+
+    def step_async(self, actions: list[int]):
+        self.steps = [actor.step.remote([action]) for actor, action in zip(self.actors, actions, strict=True)]
+
+    def step_wait(self):
+        obs, rewards, dones, infos = zip(*self.get(self.steps), strict=True)  # each of one environment: (1, ...)
+        return np.concatenate(obs), np.concatenate(rewards), np.concatenate(dones), [info for (info,) in infos]
+
+    def close(self):
+        for actor in self.actors:
+            self.kill(actor)
+
+
 def select_device(name: str, auto: str) -> torch.device:
     """Return the device of that name; what `auto` stands for is the script's choice."""
     try:
@@ -406,7 +443,8 @@ def train(args: Args) -> dict:
     # Below 2^30, so that what is added stays below 2^31: some environments hand their seed to a C int.
     train_seed, eval_seed, final_seed = (int(s) % 2**30 for s in np.random.SeedSequence(args.seed).generate_state(3))
 
-    envs = EnvPoolVecEnv(args) if args.vec_env == "envpool" else make_envs(args)
+    backends = {"envpool": EnvPoolVecEnv, "ray": RayVecEnv}
+    envs = backends.get(args.vec_env, make_envs)(args)
     q_network = QNetwork(envs.observation_space, envs.action_space, args).to(device)
     target_network = copy.deepcopy(q_network)
     optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, eps=args.optimizer_eps, fused=True)

@@ -76,7 +76,7 @@ Fraction = Annotated[float, 0, 1]
 
 @dataclass
 class Args:
-    """PPO (Schulman et al. 2017) for any environment with a vector observation and discrete actions."""
+    """PPO (Schulman et al. 2017) for any environment with a vector observation, and discrete or continuous actions."""
 
     # algorithm
     total_timesteps: Count = 60_000  # transitions, summed over the environments
@@ -136,18 +136,20 @@ class VectorEnv(gym.Wrapper):
     """Adapts an environment, as users write them, to what the rest relies on.
 
     Observations become float32 vectors, copied, since some environments overwrite theirs; Discrete, Tuple and Dict are
-    flattened. Actions become NumPy integers, as action_space.sample() gives them. The info becomes empty.
+    flattened. Actions become what action_space.sample() gives: NumPy integers, or arrays within the bounds. The info
+    becomes empty.
     """
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
         space, actions = env.observation_space, env.action_space
         picture = isinstance(space, gym.spaces.Box) and len(space.shape) > (1 if space.dtype == np.uint8 else 2)
-        if picture or not space.is_np_flattenable or not isinstance(actions, gym.spaces.Discrete):
-            needs = "this script needs vectors and discrete actions (dqn_atari.py learns from pictures)"
+        continuous = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
+        if picture or not space.is_np_flattenable or not (continuous or isinstance(actions, gym.spaces.Discrete)):
+            needs = "this script needs vectors, and Discrete or 1-D Box actions (dqn_atari.py learns from pictures)"
             raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; {needs}")
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(space),), np.float32)
-        self.action_space = gym.spaces.Discrete(int(actions.n))
+        self.action_space = actions if continuous else gym.spaces.Discrete(int(actions.n))
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         if seed is not None:  # reset does not seed the spaces, from which some environments draw
@@ -155,8 +157,13 @@ class VectorEnv(gym.Wrapper):
             self.env.action_space.seed(seed)
         return self.vector(self.env.reset(seed=seed, options=options)[0]), {}
 
-    def step(self, action: int):
-        obs, reward, terminated, truncated, _ = self.env.step(np.int64(action) + self.env.action_space.start)
+    def step(self, action: int | list[float]):
+        space = self.env.action_space
+        if isinstance(space, gym.spaces.Discrete):
+            action = np.int64(action) + space.start
+        else:  # only here: the gradient needs the action that was drawn
+            action = np.clip(action, space.low, space.high).astype(space.dtype)
+        obs, reward, terminated, truncated, _ = self.env.step(action)
         return self.vector(obs), float(reward), bool(terminated), bool(truncated), {}
 
     def vector(self, obs) -> np.ndarray:
@@ -224,20 +231,26 @@ def select_device(name: str, auto: str) -> torch.device:
 
 
 class ActorCritic(nn.Module):
-    """Two networks without a shared weight: obs (B, obs_dim) -> logits (B, num_actions), and obs -> value (B,)."""
+    """Two networks without a shared weight: obs (B, obs_dim) -> policy, and obs -> value (B,).
+
+    policy: the logits of discrete actions, (B, A); of continuous actions, the mean and the log standard deviation of a
+    Gaussian in each of their A dimensions, (B, 2 * A). The standard deviations are learned, the same in every state.
+    """
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
-        d, h, n = observation_space.shape[0], args.hidden_size, action_space.n
+        d, h, n = observation_space.shape[0], args.hidden_size, gym.spaces.flatdim(action_space)  # n: A
         self.actor = nn.Sequential(nn.Linear(d, h), nn.Tanh(), nn.Linear(h, h), nn.Tanh(), nn.Linear(h, n))
         self.critic = nn.Sequential(nn.Linear(d, h), nn.Tanh(), nn.Linear(h, h), nn.Tanh(), nn.Linear(h, 1))
         gains = (2**0.5, 2**0.5, 0.01, 2**0.5, 2**0.5, 1.0)  # 0.01: the policy starts almost uniform
         for layer, gain in zip([*self.actor[::2], *self.critic[::2]], gains, strict=True):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
+        self.log_std = nn.Parameter(torch.zeros(n)) if isinstance(action_space, gym.spaces.Box) else None
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.actor(obs)
+        policy = self.actor(obs)
+        return policy if self.log_std is None else torch.cat([policy, self.log_std.expand_as(policy)], dim=1)
 
     def value(self, obs: torch.Tensor) -> torch.Tensor:
         return self.critic(obs).squeeze(-1)
@@ -249,9 +262,10 @@ class ActorCritic(nn.Module):
 class Rollout:
     """num_steps (T) of num_envs (N) environments, in arrays that are allocated once and overwritten by each rollout."""
 
-    def __init__(self, num_steps: int, num_envs: int, obs_dim: int):
+    def __init__(self, num_steps: int, num_envs: int, obs_dim: int, action_space: gym.Space):
         self.obs = np.zeros((num_steps + 1, num_envs, obs_dim), np.float32)  # one more: where the rollout was cut off
-        self.actions = np.zeros((num_steps, num_envs), np.int64)
+        dtype = np.float32 if action_space.shape else np.int64
+        self.actions = np.zeros((num_steps, num_envs, *action_space.shape), dtype)
         self.rewards = np.zeros((num_steps, num_envs), np.float32)
         self.ended = np.zeros((num_steps, num_envs), bool)  # an episode ended after this step, in whichever way
 
@@ -275,11 +289,27 @@ def compute_gae(rewards, values, ended, gamma: float, gae_lambda: float):
     return advantages, advantages + values[:-1]
 
 
-def log_probs_and_entropy(logits: torch.Tensor, actions: torch.Tensor):
-    """Return log pi(a|s) of the actions taken and the entropy of pi(.|s), (B,) each; logits (B, A), actions (B,)."""
-    log_probs = logits.log_softmax(dim=1)  # (B, A)
-    entropy = -(log_probs.exp() * log_probs).sum(dim=1)
-    return log_probs.gather(1, actions.unsqueeze(1)).squeeze(1), entropy
+def choose_actions(policy: torch.Tensor, action_space: gym.Space, greedy: bool = False) -> torch.Tensor:
+    """Draw one action from each pi(.|s), or take its most probable one; policy as ActorCritic gives it."""
+    if isinstance(action_space, gym.spaces.Discrete):  # (B, A) -> (B,)
+        return policy.argmax(dim=1) if greedy else torch.multinomial(policy.softmax(dim=1), 1).squeeze(1)
+    means, log_stds = policy.chunk(2, dim=1)  # (B, 2 * A) -> (B, A)
+    return means if greedy else torch.normal(means, log_stds.exp())
+
+
+def log_probs_and_entropy(policy: torch.Tensor, actions: torch.Tensor):
+    """Return log pi(a|s) of the actions taken and the entropy of pi(.|s), (B,) each; actions (B,), or (B, A) of floats.
+
+    log pi(a|s) = logit_a - log(sum of exp(logits))                                    discrete
+    log pi(a|s) = sum over dimensions of -((a - mean) / std)^2 / 2 - log(std) - log(2 pi) / 2    continuous
+    """
+    if not actions.is_floating_point():
+        log_probs = policy.log_softmax(dim=1)  # (B, A)
+        entropy = -(log_probs.exp() * log_probs).sum(dim=1)
+        return log_probs.gather(1, actions.unsqueeze(1)).squeeze(1), entropy
+    means, log_stds = policy.chunk(2, dim=1)
+    log_probs = -0.5 * ((actions - means) / log_stds.exp()).square() - log_stds - 0.5 * math.log(2 * math.pi)
+    return log_probs.sum(dim=1), (log_stds + 0.5 * math.log(2 * math.pi * math.e)).sum(dim=1)
 
 
 def ppo_loss(log_probs, old_log_probs, advantages, clip_coef: float):
@@ -330,7 +360,7 @@ def train(args: Args) -> dict:
     envs = make_envs(args)
     network = ActorCritic(envs.observation_space, envs.action_space, args).to(device)
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, eps=args.optimizer_eps, fused=True)
-    rollout = Rollout(args.num_steps, args.num_envs, envs.observation_space.shape[0])
+    rollout = Rollout(args.num_steps, args.num_envs, envs.observation_space.shape[0], envs.action_space)
     run = Run(args, envs, network, optimizer=optimizer)
     global_step, gradient_steps = (run.counts.get(name, 0) for name in ("global_step", "gradient_steps"))
     optimizer.param_groups[0]["eps"] = args.optimizer_eps  # of this command line, not of the resumed run's
@@ -346,9 +376,9 @@ def train(args: Args) -> dict:
         rollout.obs[0] = rollout.obs[-1]  # go on where the last rollout was cut off
         with torch.no_grad():
             for t in range(args.num_steps):
-                logits = network(torch.from_numpy(rollout.obs[t]).to(device)).cpu()  # (N, A)
-                run.check(global_step, observation=rollout.obs[t], policy=logits.numpy())
-                actions = torch.multinomial(logits.softmax(dim=1), 1).squeeze(1).numpy()  # one draw from each pi(.|s)
+                policy = network(torch.from_numpy(rollout.obs[t]).to(device)).cpu()
+                run.check(global_step, observation=rollout.obs[t], policy=policy.numpy())
+                actions = choose_actions(policy, envs.action_space).numpy()  # (N,), or (N, A) of floats
                 rollout.obs[t + 1], rollout.rewards[t], dones, infos = envs.step(actions.tolist())
                 rollout.actions[t], rollout.ended[t] = actions, dones
                 for i in np.flatnonzero([info["TimeLimit.truncated"] for info in infos]):  # only time ran out:
@@ -415,7 +445,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
     envs.seed(seed)
     obs, returns = envs.reset(), [[] for _ in range(n)]
     while sum(map(len, returns)) < num_episodes:
-        actions = network(torch.from_numpy(obs).to(device)).argmax(dim=1)
+        actions = choose_actions(network(torch.from_numpy(obs).to(device)), envs.action_space, greedy=True)
         obs, _, _, infos = envs.step(actions.tolist())
         for i, info in enumerate(infos):
             if "episode" in info and len(returns[i]) < (num_episodes + i) // n:

@@ -15,8 +15,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 from dqn_atari import AtariGame, make_env, make_worker_env, push_frames
 
 
-def arguments(env_id="BreakoutNoFrameskip-v4", time_limit=None):
-    return SimpleNamespace(env_id=env_id, time_limit=time_limit, seed=1)
+def arguments(env_id="BreakoutNoFrameskip-v4", time_limit=None, clip_rewards=True):
+    return SimpleNamespace(env_id=env_id, time_limit=time_limit, clip_rewards=clip_rewards, seed=1)
 
 
 class Tape(gym.Wrapper):
@@ -236,10 +236,34 @@ def test_observations_do_not_share_memory():
     assert env.observation_space.contains(first)
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "gymnasium.envs:CartPole-v1"])
-def test_an_id_that_is_not_atari_is_refused(env_id):
-    with pytest.raises(ValueError, match="no Atari game"):
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "gymnasium.envs:CartPole-v1", "toy_envs:FloatSquares-v0"])
+def test_other_observations_than_frames_are_refused(env_id):
+    with pytest.raises(ValueError, match=r"\(84, 84\) uint8 frames .*ResizeObservation"):
         make_env(arguments(env_id))
+
+
+def test_frames_of_another_environment_are_its_own_and_its_rewards_are_raw_or_signs():
+    plain, unclipped = (arguments("toy_envs:Squares-v0", clip_rewards=clip) for clip in (True, False))
+    envs = [make_env(plain), make_env(unclipped), make_env(plain, evaluation=True)]
+    first = [env.reset(seed=0)[0] for env in envs]
+    kept, score = first[0].copy(), 0
+    for step in range(1, 9):
+        signs, raw, evaluated = (env.step(0) for env in envs)
+        score += raw[1]
+        assert raw[1] in (-1, 7) and signs[1] == np.sign(raw[1]) and evaluated[1] == raw[1]
+        infos = [{"episode": {"r": score, "l": 8}}] * 3 if step == 8 else [{}] * 3
+        assert [signs[4], raw[4], evaluated[4]] == infos
+        assert signs[2] == (step == 8)
+    assert np.array_equal(first[0], kept) and len(np.unique(kept)) == 2  # the environment has drawn over its array
+
+
+def test_an_evaluation_of_an_environment_without_a_limit_ends():
+    env, info = make_env(arguments("toy_envs:EndlessSquares-v0"), evaluation=True), {}
+    env.reset(seed=0)
+    for _ in range(10_000):
+        assert not info
+        *_, truncated, info = env.step(0)
+    assert truncated and info["episode"]["l"] == 10_000
 
 
 def test_module_ids():

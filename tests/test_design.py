@@ -18,7 +18,7 @@ import tyro
 from conftest import ROOT, SCRIPTS, load, rows_of, small, words
 
 README = ROOT / "README.md"
-OPTIONAL = {"wandb", "swanlab", "envpool"}  # imported only where a run asks for one
+OPTIONAL = {"wandb", "swanlab", "envpool", "ray"}  # imported only where a run asks for one
 DISTRIBUTIONS = {"ale_py": "ale-py", "cv2": "opencv-python-headless", "stable_baselines3": "stable-baselines3"}
 SECTIONS = ["Arguments", "Environment", "Network", "Replay memory|Rollout", "Equations", "Training", "Evaluation"]
 # What an algorithm is made of. Any other function or class that two scripts have is the same text in both.

@@ -94,6 +94,27 @@ def test_log_probs_and_entropy_equal_those_of_a_distribution():
     torch.testing.assert_close(entropy, expected.entropy())
 
 
+def test_log_probs_and_entropy_of_continuous_actions_equal_those_of_a_distribution():
+    means, log_stds, actions = torch.randn(6, 3), torch.randn(6, 3), torch.randn(6, 3)
+    log_probs, entropy = ppo.log_probs_and_entropy(torch.cat([means, log_stds], dim=1), actions)
+    expected = torch.distributions.Independent(torch.distributions.Normal(means, log_stds.exp()), 1)
+    torch.testing.assert_close(log_probs, expected.log_prob(actions))
+    torch.testing.assert_close(entropy, expected.entropy())
+
+
+def test_actions_are_drawn_from_the_gaussian_and_greedy_ones_are_its_mean():
+    policy = torch.tensor([[3.0, -1.0, math.log(0.5), math.log(2.0)]]).expand(50_000, 4)
+    space = ppo.gym.spaces.Box(-1, 1, (2,))
+    torch.manual_seed(0)
+    drawn = ppo.choose_actions(policy, space)
+    torch.testing.assert_close(drawn.mean(dim=0), torch.tensor([3.0, -1.0]), atol=0.05, rtol=0)
+    torch.testing.assert_close(drawn.std(dim=0), torch.tensor([0.5, 2.0]), atol=0.05, rtol=0)
+    torch.testing.assert_close(drawn.T.corrcoef(), torch.eye(2), atol=0.02, rtol=0)
+    assert ppo.choose_actions(policy[:1], space, greedy=True).tolist() == [[3.0, -1.0]]
+    logits, discrete = torch.tensor([[0.0, 2.0, 1.0]]), ppo.gym.spaces.Discrete(3)
+    assert ppo.choose_actions(logits, discrete, greedy=True).tolist() == [1]
+
+
 def test_the_initial_policy_is_uniform_and_the_weights_are_orthogonal():
     env = ppo.make_env(ppo.Args())
     network = ppo.ActorCritic(env.observation_space, env.action_space, ppo.Args())
@@ -131,6 +152,24 @@ def test_actions_are_drawn_from_the_softmax(tmp_path, monkeypatch):
     assert (torch.bincount(taken[0]) / 6_000).tolist() == pytest.approx(probabilities.tolist(), abs=0.03)
     first, second, *_ = taken[0].reshape(60, 100).T
     assert (first == second).float().mean() < 0.7  # each environment draws for itself
+
+
+def test_continuous_actions_are_clipped_on_their_way_to_the_environment_only(tmp_path, monkeypatch):
+    judged, original = [], ppo.log_probs_and_entropy
+    monkeypatch.setattr(ppo, "log_probs_and_entropy", lambda p, actions: judged.append(actions) or original(p, actions))
+    ppo.train(options(tmp_path, env_id="toy_envs:Target-v0"))  # the environment checks what it gets
+    assert torch.cat(judged).abs().max() > 1.5
+    network = checkpoint_of(tmp_path / "run")["network"]
+    assert network["log_std"].shape == (2,) and network["log_std"].all()  # it was trained
+
+
+def test_it_learns_continuous_actions(tmp_path):
+    flags = {"total_timesteps": 12_000, "num_envs": 16, "num_steps": 32, "num_minibatches": 8, "update_epochs": 8}
+    flags |= {"learning_rate": 3e-3, "hidden_size": 32, "final_eval_episodes": 50}
+    result = ppo.train(options(tmp_path, env_id="toy_envs:Target-v0", **flags))
+    assert result["final_return_mean"] > -0.02  # always in the middle: -0.2; the initial policy: -0.46
+    log_std = checkpoint_of(tmp_path / "run")["network"]["log_std"]
+    assert (log_std < -0.5).all(), log_std  # sure of itself
 
 
 def test_the_ratio_is_one_in_the_first_minibatch_of_a_rollout(tmp_path, monkeypatch):

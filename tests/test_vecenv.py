@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import pickle
 import random
 import re
 import signal
@@ -78,11 +79,58 @@ def fake_envpool(monkeypatch):
     )
 
 
+class FakeRay:
+    """Ray as its documentation describes it, on this machine: what an actor is sent or returns is a copy."""
+
+    class Actor:
+        def __init__(self, made):
+            self.made = made
+
+        def __getattr__(self, name):
+            def call(*args):
+                return pickle.loads(pickle.dumps(getattr(self.made, name)(*pickle.loads(pickle.dumps(args)))))
+
+            return SimpleNamespace(remote=call)
+
+    killed = 0
+
+    def is_initialized(self):
+        return False
+
+    def init(self, runtime_env, log_to_driver):
+        self.runtime_env = runtime_env
+
+    def remote(self, scheduling_strategy):
+        assert scheduling_strategy == "SPREAD"
+        return lambda kind: SimpleNamespace(remote=lambda *args: self.Actor(kind(*pickle.loads(pickle.dumps(args)))))
+
+    def get(self, results):
+        return list(results)
+
+    def kill(self, actor):
+        self.killed += 1
+
+
+@pytest.fixture
+def fake_ray(monkeypatch):
+    fake, find_spec = FakeRay(), importlib.util.find_spec
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setattr(dqn, "make_worker_env", toy_worker)  # without the signals and process groups of a worker
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: fake if name == "ray" else find_spec(name, *rest)
+    )
+    return fake
+
+
+def toy_worker(args, index):
+    return dqn.make_env(args)
+
+
 @pytest.fixture
 def no_envpool(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "envpool" else find_spec(name, *rest)
+        importlib.util, "find_spec", lambda name, *rest: None if name in ("envpool", "ray") else find_spec(name, *rest)
     )
 
 
@@ -110,8 +158,8 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("env_id", toy_envs.COUNTING)
-@pytest.mark.parametrize("vec_env", ["dummy", "subproc", "envpool"])
-def test_memory_holds_exactly_what_happened(vec_env, env_id, run, memories, fake_envpool):
+@pytest.mark.parametrize("vec_env", ["dummy", "subproc", "envpool", "ray"])
+def test_memory_holds_exactly_what_happened(vec_env, env_id, run, memories, fake_envpool, fake_ray):
     flags = {"total_timesteps": 600, "learning_starts": 500, "num_envs": 3}
     result = run(env_id=f"toy_envs:{env_id}", vec_env=vec_env, **flags)
     assert memories[0].added == result["global_step"] == 600
@@ -133,8 +181,9 @@ def test_a_pool_that_resets_late_would_show(run, memories, fake_envpool, monkeyp
         assert_memory_holds_what_happened(memories[0], "Mixed-v0", 2)
 
 
-def test_envpool_answers_as_sb3_does(fake_envpool):
-    envs = dqn.EnvPoolVecEnv(dqn.Args(env_id="toy_envs:Mixed-v0", vec_env="envpool"))
+@pytest.mark.parametrize("backend", [dqn.EnvPoolVecEnv, dqn.RayVecEnv])
+def test_it_answers_as_sb3_does(backend, fake_envpool, fake_ray):
+    envs = backend(dqn.Args(env_id="toy_envs:Mixed-v0"))
     expected = dqn.make_envs(dqn.Args(env_id="toy_envs:Mixed-v0", vec_env="dummy"))
     assert (envs.observation_space, envs.action_space) == (expected.observation_space, expected.action_space)
     rng, episodes = np.random.default_rng(0), []
@@ -158,6 +207,33 @@ def test_envpool_answers_as_sb3_does(fake_envpool):
                 assert [info["episode"][k] for k in "rl"] == [info2["episode"][k] for k in "rl"]
                 episodes.append(info["episode"]["l"])
     assert set(episodes) == {3, 4}
+
+
+def test_actors_of_ray_end_with_the_run_and_get_the_folder_only_on_a_cluster(run, fake_ray, monkeypatch):
+    run(vec_env="ray", num_envs=3)
+    assert (fake_ray.killed, fake_ray.runtime_env) == (3, {})
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.7:6379")
+    dqn.RayVecEnv(dqn.Args(vec_env="ray"))
+    assert fake_ray.runtime_env["working_dir"] == "." and "runs" in fake_ray.runtime_env["excludes"]
+
+
+def test_the_real_ray_plays_as_sb3_does_and_a_dead_actor_ends_the_run(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    envs, expected = (dqn.Args(env_id="toy_envs:Mixed-v0", num_envs=3, vec_env=v) for v in ("ray", "dummy"))
+    envs, expected = dqn.RayVecEnv(envs), dqn.make_envs(expected)
+    envs.seed(5), expected.seed(5)
+    np.testing.assert_array_equal(envs.reset(), expected.reset())
+    for _ in range(20):
+        envs.step_async([1, 2, 3]), expected.step_async([1, 2, 3])
+        for ours, theirs in zip(envs.step_wait()[:3], expected.step_wait()[:3], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    ray.kill(envs.actors[1])
+    envs.step_async([1, 2, 3])
+    with pytest.raises(ray.exceptions.RayActorError, match="died"):
+        envs.step_wait()
+    envs.close()
+    ray.shutdown()
 
 
 def test_the_real_envpool_plays_cartpole_as_gymnasium_does():
@@ -195,9 +271,10 @@ def test_what_envpool_cannot_play_is_refused(env_id, message, fake_envpool, cli,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_envpool_is_named(no_envpool, cli, tmp_path):
-    status, _, err = cli("--vec-env", "envpool", script="dqn_vecenv.py")
-    assert status == 2 and "pip install envpool" in err
+@pytest.mark.parametrize("name", ["envpool", "ray"])
+def test_a_missing_package_is_named(name, no_envpool, cli, tmp_path):
+    status, _, err = cli("--vec-env", name, script="dqn_vecenv.py")
+    assert status == 2 and f"pip install {name}" in err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -48,6 +48,48 @@ class Counting(gym.Env):
         return array
 
 
+class Squares(gym.Env):
+    """A bright square, left or right: the action of its side pays 7, the other -1. 8 steps, or without end."""
+
+    action_space = gym.spaces.Discrete(2, start=1)
+
+    def __init__(self, num_steps=8, shape=(84, 84), dtype=np.uint8, render_mode=None):
+        self.observation_space = gym.spaces.Box(0, 255, shape, dtype)
+        self.num_steps, self.render_mode, self.info = num_steps, render_mode, {"episode": "of its own"}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps, self.frame = 0, np.zeros(self.observation_space.shape, self.observation_space.dtype)
+        return self.draw(), self.info
+
+    def step(self, action):
+        assert isinstance(action, np.integer) and action in self.action_space
+        reward, self.steps = 7 if action == 1 + self.right else -1, self.steps + 1
+        return self.draw(), reward, self.steps == self.num_steps, False, self.info
+
+    def draw(self):  # always into the same array
+        self.right = int(self.np_random.integers(2))
+        self.frame[:] = 0
+        self.frame[20:60, 42 * self.right : 42 * self.right + 40] = 200
+        return self.frame
+
+
+class Target(gym.Env):
+    """Two numbers in [-1, 1] are to be hit: the reward is minus the squared distance. One step, whatever was done."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = self.np_random.uniform(-0.8, 0.8, 1).astype(np.float32)
+        return self.state, {}
+
+    def step(self, action):
+        assert action in self.action_space and action.dtype == np.float32, action
+        return self.state, -float(((action - [self.state[0], 0.5]) ** 2).sum()), True, False, {}
+
+
 class Constant(gym.Env):
     """One state, reward 1 at every step, no end but the time limit: V = 1 / (1 - gamma)."""
 
@@ -453,6 +495,10 @@ for entry_point in (
 ):
     gym.register(f"{entry_point.__name__}-v0", entry_point=entry_point)
 gym.register("WithStatistics-v0", entry_point=with_statistics)
+gym.register("Target-v0", entry_point=Target, disable_env_checker=True)
+gym.register("Squares-v0", entry_point=Squares, disable_env_checker=True)
+gym.register("EndlessSquares-v0", entry_point=Squares, disable_env_checker=True, kwargs={"num_steps": 10**9})
+gym.register("FloatSquares-v0", entry_point=Squares, kwargs={"dtype": np.float32})
 gym.register("Grey-v0", entry_point=Image, kwargs={"shape": (84, 84)})
 gym.register("FloatImage-v0", entry_point=Image, kwargs={"dtype": np.float32})
 for error in (RuntimeError("no slot could be allocated"), FloatingPointError("a division"), ValueError("my own")):
