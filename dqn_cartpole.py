@@ -458,10 +458,9 @@ def check_args(args):
         if type(value) in (int, float):
             require(args, name, low <= value <= high, f"give a number from {low} to {high}")
     require(args, "time_limit", args.time_limit != 0, "give a number of steps, or -1 for no limit")
-    require(args, "play", not (args.play and args.resume), "give either --play or --resume")
-    require(
-        args, "track", args.track == "none" or importlib.util.find_spec(args.track), f"first: pip install {args.track}"
-    )
+    alone = not args.resume or {args.play, args.run_dir} <= {"", args.resume}
+    require(args, "resume", alone, "give it without --play and --run-dir")
+    require(args, "track", args.track == "none" or importlib.util.find_spec(args.track), "pip install it first")
     screen = sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
     require(args, "render", not args.render or (args.play and screen), "needs --play CHECKPOINT and a screen")
 
@@ -486,11 +485,12 @@ def save_checkpoint(path: Path, **contents):
 
 def load_checkpoint(path: Path, **parts) -> dict:
     """Load what a checkpoint holds under each name into that part; return all of it. Nothing in it can run code."""
-    # mmap: a replay memory of gigabytes is read page by page, into the one there is. Windows could not replace a mapped
-    # file. deepcopy: an optimiser keeps what it gets, and with it the map.
+    # mmap reads gigabytes page by page; Windows could not replace such a file. deepcopy: Adam keeps what it gets.
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
-        if checkpoint["script"] != SCRIPT or "args" not in checkpoint:
+        if missing := {"script", "args", *parts} - checkpoint.keys():
+            raise ValueError(f"it holds no {' and no '.join(sorted(missing))}")
+        if checkpoint["script"] != SCRIPT:
             raise ValueError(f"it was written by {checkpoint['script']}.py")
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name] if name == "memory" else copy.deepcopy(checkpoint[name]))

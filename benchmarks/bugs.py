@@ -140,7 +140,7 @@ BUGS = [
         "if self.training and not self.game_over:", "if False:", None),
     Bug("clipped-scores", ATARI, "test_atari_env.py::test_evaluation_plays_whole_games_for_the_raw_score",
         "evaluating in the training environment: lives for games, signs of rewards for scores",
-        "training=not evaluation", "training=True", None),
+        "AtariGame(env, not evaluation, clip)", "AtariGame(env, True, args.clip_rewards)", None),
     Bug("stale-last-frame", ATARI, "test_atari_env.py::test_equals_sb3_when_time_runs_out[Breakout-True]",
         "where a game ends within four frames, the maximum takes in an old screen; Stable-Baselines3's wrappers",
         "if frame < 3:", "if False:", None),

@@ -31,7 +31,10 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "speed"
-ATARI = "--env-id BreakoutNoFrameskip-v4 --buffer-size 20000 --learning-starts 2000"
+ATARI = (
+    "--env-id BreakoutNoFrameskip-v4 --buffer-size 20000 --learning-starts 2000 --n-step 1 --train-frequency 4 "
+    "--target-frequency 1000 --learning-rate 1e-4 --learning-rate-end 1e-4"
+)
 CLEANRL_PPO = (
     "--num-envs 4 --num-steps 128 --update-epochs 4 --num-minibatches 4 --gamma 0.99 --gae-lambda 0.95 "
     "--learning-rate 2.5e-4 --entropy-coef 0.01 --value-coef 0.5 --clip-value-loss --no-anneal-clip"
@@ -40,7 +43,7 @@ VECENV = (
     "dqn_vecenv.py --num-envs 4 --train-frequency 16 --target-frequency 10000 --tau 1 --batch-size 32 "
     "--buffer-size 1000000 --learning-starts 100 --learning-rate 1e-4 --loss huber"
 )
-EXAMPLE = ATARI.replace("20000", "10000") + " --train-frequency 16 --num-envs 4 --epsilon-end 0.05"
+EXAMPLE = ATARI.replace("20000", "10000").replace("frequency 4 ", "frequency 16 ") + " --num-envs 4 --epsilon-end 0.05"
 
 
 @dataclass
@@ -88,7 +91,7 @@ TASKS = {
         "DQN Breakout, batch 32, one update per 4 transitions",
         10_000,  # after 2,000 gradient steps
         14_000,
-        {"float32": f"dqn_atari.py {ATARI}", "bfloat16": f"dqn_atari.py {ATARI} --precision bfloat16"},
+        {p: f"dqn_atari.py {ATARI} --precision {p}" for p in ("float32", "bfloat16")},
         {"algorithm": "DQN", "env_id": "BreakoutNoFrameskip-v4", "train_freq": 4, "batch_size": 32,
          "buffer_size": 20_000, "learning_starts": 2_000, "target_update_interval": 1_000, "learning_rate": 1e-4},
         "cleanrl/dqn_atari.py --total-timesteps 100000 --buffer-size 20000 --learning-starts 2000 "
@@ -98,7 +101,7 @@ TASKS = {
         "DQN Breakout, SB3's documented example: 4 environments, batch 32, one update per 16 transitions",
         2_400,
         10_400,
-        {"float32": f"dqn_atari.py {EXAMPLE}", "bfloat16": f"dqn_atari.py {EXAMPLE} --precision bfloat16"},
+        {p: f"dqn_atari.py {EXAMPLE} --precision {p}" for p in ("float32", "bfloat16")},
         {"algorithm": "DQN", "env_id": "BreakoutNoFrameskip-v4", "n_envs": 4, "vec_env": "subproc", "train_freq": 4,
          "batch_size": 32, "buffer_size": 10_000, "learning_starts": 2_000, "target_update_interval": 1_000,
          "learning_rate": 1e-4},

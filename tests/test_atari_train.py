@@ -14,7 +14,8 @@ from dqn_atari import Args, QNetwork, fit_memory, make_env, push_frames, train
 
 SHORT = {
     **{"total_timesteps": 600, "learning_starts": 200, "buffer_size": 1_000, "num_envs": 2, "vec_env": "dummy"},
-    **{"time_limit": 30, "eval_every": 10_000, "final_eval_episodes": 1, "batch_size": 4},
+    **{"time_limit": 30, "eval_every": 10_000, "final_eval_episodes": 1, "batch_size": 4, "train_frequency": 4},
+    **{"precision": "float32"},
 }
 
 
@@ -115,7 +116,7 @@ def networks():
     env = make_env(Args(**SHORT))
     torch.manual_seed(0)
     plain = QNetwork(env.observation_space, env.action_space, Args(**SHORT))
-    half = QNetwork(env.observation_space, env.action_space, Args(**SHORT, precision="bfloat16"))
+    half = QNetwork(env.observation_space, env.action_space, Args(**{**SHORT, "precision": "bfloat16"}))
     half.load_state_dict(plain.state_dict())
     return plain, half
 
@@ -152,6 +153,20 @@ def test_bfloat16_rounds_and_does_no_more():
     assert not torch.equal(exact, rounded)
     assert (exact - rounded).abs().max() < 0.02 * exact.abs().max()
     assert {p.dtype for p in half.parameters()} == {torch.float32}  # what the optimiser moves is never rounded
+
+
+@pytest.mark.parametrize("instructions, cuda, expected", [
+    ({"avx512_bf16": True}, False, torch.bfloat16), ({"amx_bf16": True}, False, torch.bfloat16),
+    ({"avx512_bf16": False}, False, torch.float32), ({"avx512_bf16": True}, True, torch.float32),
+])  # fmt: skip
+def test_the_precision_is_what_the_processor_has_instructions_for(instructions, cuda, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    spaces = dqn_atari.gym.spaces.Box(0, 255, (84, 84), np.uint8), dqn_atari.gym.spaces.Discrete(4)
+    assert QNetwork(*spaces, Args()).precision == expected
+    assert QNetwork(*spaces, Args(precision="float32")).precision == torch.float32
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch 2.11
+    assert QNetwork(*spaces, Args()).precision == torch.float32
 
 
 def test_pixels_are_divided_by_255_once():
@@ -247,7 +262,8 @@ def foresight(tmp_path, gradient_steps):
     args = Args(
         **{"env_id": "AsterixNoFrameskip-v4", "run_dir": str(tmp_path), "num_envs": 8, "vec_env": "dummy"},
         **{"total_timesteps": 800 + 4 * gradient_steps, "learning_starts": 800, "buffer_size": 4_000},
-        **{"target_frequency": 200, "epsilon_end": 1.0, "gamma": 0.9, "learning_rate": 5e-4},
+        **{"target_frequency": 200, "train_frequency": 4, "epsilon_end": 1.0, "gamma": 0.9, "learning_rate": 5e-4},
+        **{"learning_rate_end": 5e-4, "n_step": 1, "precision": "float32"},
         **{"eval_every": 10_000, "final_eval_episodes": 1, "time_limit": 1_000},
     )
     assert train(args)["gradient_steps"] == gradient_steps

@@ -22,10 +22,11 @@ OPTIONAL = {"wandb", "swanlab", "envpool", "ray"}  # imported only where a run a
 DISTRIBUTIONS = {"ale_py": "ale-py", "cv2": "opencv-python-headless", "stable_baselines3": "stable-baselines3"}
 SECTIONS = ["Arguments", "Environment", "Network", "Replay memory|Rollout", "Equations", "Training", "Evaluation"]
 # What an algorithm is made of. Any other function or class that two scripts have is the same text in both.
+# (ppo_cartpole.py's VectorEnv takes continuous actions too.)
 MAY_DIFFER = {"Args", "make_env", "QNetwork", "ReplayMemory", "Batch", "td_loss", "train", "evaluate"}
 # Of the plumbing: all lines, and those that are neither blank nor comment nor docstring.
 MAX_PLUMBING, MAX_PLUMBING_CODE = 240, 190
-MAX_LINES = {"dqn_cartpole": 685, "dqn_vecenv": 755, "ppo_cartpole": 670, "dqn_lstm_cartpole": 840, "dqn_atari": 920}
+MAX_LINES = {"dqn_cartpole": 685, "dqn_vecenv": 795, "ppo_cartpole": 705, "dqn_lstm_cartpole": 840, "dqn_atari": 955}
 MAX_DOCSTRING = defaultdict(lambda: 50, dqn_cartpole=30, ppo_cartpole=30)
 RUN_FILES = {"args.json", "progress.csv", "best.pt", "last.pt", "result.json"}
 RESULTS = {
@@ -194,7 +195,8 @@ def test_what_scripts_share_is_one_text():
     texts = defaultdict(lambda: defaultdict(list))
     for path in SCRIPTS:
         for name, text in definitions(path).items():
-            texts[name][text].append(path.stem)
+            if (path.stem, name) != ("ppo_cartpole", "VectorEnv"):
+                texts[name][text].append(path.stem)
     different = {name: list(by_text.values()) for name, by_text in texts.items() if len(by_text) > 1}
     assert {name: scripts for name, scripts in different.items() if name not in MAY_DIFFER} == {}
 

@@ -475,7 +475,7 @@ ANY = {
     "no time": (["--time-limit", 0], "--time-limit 0"),
     "no such choice": (["--vec-env", "threads"], "--vec-env"),
     "no such device": (["--device", "cuda:99"], "--device cuda:99"),
-    "missing package": (["--track", "wandb"], "--track wandb: first: pip install wandb"),
+    "missing package": (["--track", "wandb"], "--track wandb: pip install it first"),
     "existing run directory": (["--run-dir", "."], "cannot make the run directory ."),
     "name that no disk takes": (["--run-dir", "x" * 300], "File name too long"),
     "unknown flag": (["--learning-rat", 0.1], "--learning-rate"),
