@@ -85,15 +85,15 @@ class Args:
     """DQN (Mnih et al. 2015) for any environment with a vector observation and discrete actions."""
 
     # algorithm
-    total_timesteps: Count = 80_000  # transitions, summed over the environments
+    total_timesteps: Count = 100_000  # transitions, summed over the environments
     learning_starts: Count = 1_000  # transitions before the first gradient step
-    train_frequency: Count = 5  # transitions per gradient step
-    target_frequency: Count = 5  # transitions per update of the target network
+    train_frequency: Count = 4  # transitions per gradient step
+    target_frequency: Count = 4  # transitions per update of the target network
     tau: Annotated[float, 1e-6, 1] = 0.02  # how far that update moves it to the online network; 1 makes it a copy
     gamma: Fraction = 0.99  # discount per step
     buffer_size: Count = 100_000  # transitions in the replay memory
-    batch_size: Count = 128  # transitions per gradient step
-    hidden_size: Annotated[int, 1, 10_000] = 64  # units in each of the two hidden layers
+    batch_size: Count = 256  # transitions per gradient step
+    hidden_size: Annotated[int, 1, 10_000] = 128  # units in each of the two hidden layers
 
     # exploration
     epsilon_start: Fraction = 1.0  # probability of a random action at the start
@@ -101,14 +101,14 @@ class Args:
     exploration_steps: Count = 10_000  # transitions over which epsilon falls, in a straight line
 
     # optimisation
-    learning_rate: Positive = 4e-3  # step size of Adam at the start
+    learning_rate: Positive = 1e-3  # step size of Adam at the start
     learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
     optimizer_eps: Positive = 1e-4  # added to what Adam divides by
     loss: Literal["mse", "huber"] = "mse"  # of the TD error: its square, or linear beyond 1
 
     # environment
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:EnvName-v0 imports your own module first
-    num_envs: Annotated[int, 1, 1_000] = 16  # environments that step side by side
+    num_envs: Annotated[int, 1, 1_000] = 8  # environments that step side by side
     vec_env: Literal["dummy", "subproc"] = "dummy"  # in this process; or a process each, for slow steps
     time_limit: Annotated[int | None, -1, 10**9] = None  # steps per episode instead of the environment's own; -1: none
 
