@@ -128,7 +128,7 @@ class Args:
     time_limit: Annotated[int | None, -1, 10**9] = None  # steps per episode, not the environment's own; -1: no limit
 
     # evaluation
-    eval_every: Count = 4_000  # transitions between evaluations
+    eval_every: Count = 5_000  # transitions between evaluations
     eval_episodes: Count = 16  # greedy episodes per evaluation
     final_eval_episodes: Count = 100  # greedy episodes at the end, on seeds that did not choose the best network
     target_return: Annotated[float, -1e9, 1e9] = 1e9  # end the run once the last 100 training episodes reach this mean

@@ -3,7 +3,7 @@
     python benchmarks/bugs.py                      # the list, with the patches
     python benchmarks/bugs.py --seeds 1 2 3        # train the scripts as they are, and with each mistake
     python benchmarks/bugs.py --tests              # put every mistake before its test, which must fail
-    python benchmarks/bugs.py --table              # the README's table
+    python benchmarks/bugs.py --table              # the table of docs/mistakes.md
 
 A mistake is a text of a script, which must occur there exactly once, and what stands in its place; it is applied in
 memory. Hardly one of these raises an error, and some still learn: that is why they live long.
@@ -41,7 +41,7 @@ class Bug:
     name: str
     script: str
     test: str  # that fails because of it: file under tests/ and what follows in a node id
-    what: str  # the mistake, and who makes it
+    what: str  # the mistake, as the table puts it
     old: str
     new: str
     run: str | None = ""  # flags of the run that shows it, and of the same run without it; None: none is short enough
@@ -59,147 +59,146 @@ CORRIDOR = "--env-id corridor:Corridor-v0 --time-limit 5 --total-timesteps 30000
 BUGS = [
     # --- DQN ---
     Bug("broadcast", DQN, "test_dqn.py::test_squared_td_errors_by_hand[dqn_cartpole]",
-        "Q(s, a) of shape (B, 1), targets of shape (B,): each is compared with each, and torch only warns",
+        "Q(s, a) of shape (B, 1), targets of shape (B,): each Q-value is compared with every target",
         "assert q_taken.shape == td_target.shape", "q_taken = q_taken.unsqueeze(1)"),
     Bug("no-terminal-mask", DQN, "test_dqn.py::test_td_target_of_one_transition[dqn_cartpole-terminated]",
-        "bootstrapping where the episode ended for good: falling costs nothing",
+        "bootstrap where the episode terminated: falling costs nothing",
         "gamma * (1.0 - batch.terminated) * next_q_max", "gamma * next_q_max"),
     Bug("truncation-is-death", DQN, "test_dqn.py::test_memory_holds_exactly_what_happened[3-Mixed-v0]",
-        "no bootstrap where time ran out; loops written for Gym's single `done`",
+        "no bootstrap where time ran out, as in loops written for Gym's single `done`",
         "terminated = dones & ~truncated", "terminated = dones"),
     Bug("truncation-is-death-value", DQN, "test_dqn.py::test_truncation_does_not_end_the_value",
-        "the same where only the clock ends episodes (V is 10)",
+        "the same, where only a time limit ends episodes",
         "terminated = dones & ~truncated", "terminated = dones", CONSTANT, "value"),
     Bug("reset-obs-as-next", DQN, "test_dqn.py::test_memory_holds_exactly_what_happened[3-Truncated-v0]",
-        "the next episode's first observation stored as this one's last, by loops that do not read the info; here "
-        "in a corridor, 8 steps from its end (V is -7.7), with a time limit of 5",
+        "the first observation of the next episode is stored as `next_obs`; here in a corridor with a time limit",
         'next_obs[i] = infos[i]["terminal_observation"]', "pass", CORRIDOR, "value"),
     Bug("target-never-synced", DQN, "test_dqn.py::test_counts_do_not_depend_on_the_number_of_environments[4-10-3]",
         "the target network stays as it was initialised",
         "update_target(target_network, q_network, args.tau)", "pass"),
     Bug("target-is-an-alias", DQN, "test_dqn.py::test_targets_come_from_a_network_that_stays_behind",
-        "a second name for the network in place of a copy: nothing stays behind",
+        "the target network is a second name for the network, not a copy",
         "target_network = copy.deepcopy(q_network)", "target_network = q_network"),
     Bug("gradient-into-target", DQN, "test_dqn.py::test_targets_come_from_a_network_that_stays_behind",
-        "no target network and no detach: the gradient moves the target towards Q(s, a) too",
+        "no target network and no `no_grad`: the gradient moves the target as well",
         "with torch.no_grad():\n                next_q_values = target_network(",
         "if True:\n                next_q_values = q_network("),
     Bug("gradients-add-up", DQN, "test_dqn.py::test_a_gradient_step_follows_the_gradient_of_its_own_batch",
-        "no zero_grad: every step follows the sum of all gradients so far",
+        "no `zero_grad`: each step follows the sum of all gradients so far",
         "optimizer.zero_grad()", "pass"),
     Bug("samples-the-unfilled", DQN, "test_dqn.py::test_memory_holds_the_last_transitions_like_a_deque[3]",
-        "drawing from the whole ring before it is full: transitions made of zeros",
+        "minibatches from the whole memory before it is full: transitions made of zeros",
         "torch.randint(min(self.added, self.capacity), ", "torch.randint(self.capacity, "),
     Bug("epsilon-stays", DQN, "test_dqn.py::test_epsilon_follows_its_schedule_in_transitions",
-        "epsilon is computed and never lowered: all actions of the run are random",
+        "epsilon never falls: all actions of the training are random",
         "args.exploration_steps, global_step)", "args.exploration_steps, 0)"),
     # --- Several environments ---
     Bug("modulo-cadence", DQN, "test_dqn.py::test_counts_do_not_depend_on_the_number_of_environments[4-10-3]",
-        "`global_step % 5 == 0` where 16 environments move it by 16: a gradient step per 80 transitions, not per 5",
+        "`global_step % 5 == 0` with 16 environments: a gradient step per 80 transitions, not per 5",
         "while gradient_steps < (global_step - learning_starts) // args.train_frequency:",
         "if global_step > args.learning_starts and global_step % args.train_frequency == 0:"),
     Bug("step-per-iteration", VECENV, "test_vecenv.py::test_gradient_steps_are_counted_in_transitions[8]",
-        "a gradient step per iteration of the loop: with 64 environments one per 64 transitions, not per 16",
+        "a gradient step per pass of the loop with 64 environments: one per 64 transitions, not per 16",
         "while gradient_steps < (global_step - learning_starts) // args.train_frequency:",
         "if global_step > args.learning_starts:", "--num-envs 64"),
     Bug("one-epsilon-draw", VECENV, "test_vecenv.py::test_exploration_is_drawn_for_each_environment",
-        "one draw for all environments: a step is all random or all greedy; loops written for one environment",
+        "one draw of epsilon for all environments: all act at random, or all greedily",
         "torch.rand(args.num_envs) < epsilon", "torch.rand(1) < epsilon"),
     Bug("acts-on-the-dead", VECENV, "test_vecenv.py::test_memory_holds_exactly_what_happened[dummy-Mixed-v0]",
-        "the last observation written into the array that the next actions are chosen from",
+        "the last observation of an ended episode overwrites the one that the next action is chosen from",
         "next_obs = obs.copy()", "next_obs = obs"),
     Bug("late-reset", VECENV, "test_vecenv.py::test_memory_holds_exactly_what_happened[envpool-Mixed-v0]",
-        "EnvPool and Gymnasium 1 reset in the step after the end: a step that never happened is stored",
+        "EnvPool and Gymnasium 1 reset in the step after the end: the memory stores a step that never happened",
         'first_obs, info = self.pool.reset(ended.astype(np.int32))  # it reads 32 bits, and does not convert\n'
         '            obs[info["env_id"]] = first_obs', "pass", None),
     # --- Atari ---
     Bug("scaled-twice", ATARI, "test_atari_memory.py::test_types_and_shapes",
-        "pixels divided by 255 in the memory, and again in the network",
+        "pixels divided by 255 twice: in the memory, and again in the network",
         "transpose(0, 3, 1, 2)  # a view", "transpose(0, 3, 1, 2) / np.float32(255)", None),
     Bug("stack-not-cleared", ATARI, "test_atari_memory.py::test_equals_a_memory_of_whole_stacks[0.6-1-7]",
-        "the actor's stack still shows the episode before",
+        "a new episode begins with the old one's frames in the stack that the agent sees",
         "stacks[ended] = 0", "pass", None),
     Bug("stack-crosses-episodes", ATARI, "test_atari_memory.py::test_equals_a_memory_of_whole_stacks[0.6-1-7]",
-        "stacks built across a reset; memories of single frames",
+        "the memory stores single frames, and builds stacks across the start of an episode",
         "frames[2::-1][before.T] = 0", "pass", None),
     Bug("next-slot-is-next-obs", ATARI,
         "test_atari_memory.py::test_next_obs_of_an_ended_episode_is_its_last_observation",
-        "next_obs taken from the next slot, where an episode's end has left a reset frame; memories that save space",
+        "`next_obs` is read from the next slot of the memory: after an end, the first frame of the next episode",
         "self._write(np.arange(self.num_envs), next_frames, starts=False)",
         "self._write(np.arange(self.num_envs), new_frames, starts=False)", None),
     Bug("reset-frame-as-next", ATARI, "test_atari_memory.py::test_training_stores_the_last_frame_of_an_episode_too",
-        "the same, where the loop does not read the info",
+        "the same, because the loop does not read the info",
         'next_frames[i] = infos[i]["terminal_observation"]', "pass", None),
     Bug("nobody-presses-fire", ATARI, "test_atari_env.py::test_each_life_of_an_evaluation_begins_with_fire",
-        "FIRE is pressed for the agent while training, but not after a lost life of an evaluation",
+        "FIRE is pressed for the agent in training, but not after a lost life in evaluation",
         "while not self.training and 0 < self.lives < lives:", "while False:", None),
     Bug("life-resets-the-game", ATARI,
         "test_atari_env.py::test_a_lost_life_does_not_reset_the_game_but_a_seed_does",
-        "a lost life restarts the game, so that its later stages stay unseen; Gymnasium's AtariPreprocessing "
-        "([its issue 166](https://github.com/Farama-Foundation/Gymnasium/issues/166))",
+        "a lost life restarts the game: its later stages are never seen; so does Gymnasium's AtariPreprocessing "
+        "([issue 166](https://github.com/Farama-Foundation/Gymnasium/issues/166))",
         "if self.training and not self.game_over:", "if False:", None),
     Bug("clipped-scores", ATARI, "test_atari_env.py::test_evaluation_plays_whole_games_for_the_raw_score",
-        "evaluating in the training environment: lives for games, signs of rewards for scores",
+        "evaluation in the training environment: a life counts as a game, the sign of a reward as its score",
         "AtariGame(env, not evaluation, clip)", "AtariGame(env, True, args.clip_rewards)", None),
     Bug("stale-last-frame", ATARI, "test_atari_env.py::test_equals_sb3_when_time_runs_out[Breakout-True]",
-        "where a game ends within four frames, the maximum takes in an old screen; Stable-Baselines3's wrappers",
+        "a game ends within four frames, and the maximum takes in an old screen; so do Stable-Baselines3's wrappers",
         "if frame < 3:", "if False:", None),
     Bug("flicker", ATARI, "test_atari_env.py::test_equals_sb3_over_whole_games[MsPacman]",
-        "the last of four frames alone: sprites drawn on alternate frames are missing",
+        "only the last of four frames is used: sprites drawn on alternate frames are missing",
         "np.maximum(self.screens[0], self.screens[1], out=self.screens[0])",
         "self.screens[0] = self.screens[1]", None),
     # --- LSTM ---
     Bug("state-not-reset", RECURRENT,
         "test_dqn_lstm.py::test_each_environment_has_its_own_state_that_begins_with_the_episode",
-        "the hidden state carried into the next episode",
+        "the hidden state is carried into the next episode",
         "        state[:, :, dones] = 0.0  # a new", "        pass  # a new"),
     Bug("state-one-step-late", RECURRENT,
         "test_dqn_lstm.py::test_both_networks_know_the_episode_up_to_the_step_that_they_judge[2]",
-        "the state after an observation stored as the one before it",
+        "the hidden state after an observation is stored as the one before it",
         "states = state.permute", "states = next_state.permute"),
     Bug("target-of-next-obs", RECURRENT,
         "test_dqn_lstm.py::test_both_networks_know_the_episode_up_to_the_step_that_they_judge[2]",
-        "the target network fed next_obs alone, from a zero state: it does not know what led there",
+        "the target network reads `next_obs` alone, from a zero state: it does not know what led there",
         "next_q_values = unroll(target_network, batch, args.burn_in)[1:]",
         "next_q_values = target_network(batch.obs[args.burn_in + 1 :], 0 * batch.state)[0]"),
     Bug("sequences-cross-resets", RECURRENT,
         "test_dqn_lstm.py::test_a_sequence_is_a_stretch_of_one_episode[0.15-60-150-4-0]",
-        "sequences cut from the memory with no look at where episodes end",
+        "sequences run across the ends of episodes",
         "learn = (steps == steps[0] + t) & (", "learn = ("),
     Bug("gradient-in-burn-in", RECURRENT, "test_dqn_lstm.py::test_no_gradient_from_burn_in_and_padding",
-        "a gradient through the burn-in",
+        "gradients flow through the burn-in",
         "with torch.no_grad():\n            _, after =", "if True:\n            _, after ="),
     # --- PPO ---
     Bug("gae-crosses-episodes", PPO, "test_ppo.py::test_gae_equals_the_sums_of_its_definition[0.9-0.8-0.2]",
-        "advantages without the mask: an episode earns what the next one does",
+        "GAE without the mask: an episode earns what the next one does",
         "goes_on = 1.0 - ended", "goes_on = np.ones_like(rewards)"),
     Bug("timeout-is-death", PPO, "test_ppo.py::test_a_timeout_adds_the_value_of_the_observation_that_it_cut_off",
-        "no value added where time ran out; CleanRL "
-        "([its issue 198](https://github.com/vwxyzjn/cleanrl/issues/198))",
+        "no value is added where time ran out; so does CleanRL "
+        "([issue 198](https://github.com/vwxyzjn/cleanrl/issues/198))",
         'np.flatnonzero([info["TimeLimit.truncated"] for info in infos])', "[]"),
     Bug("timeout-is-death-value", PPO, "test_ppo.py::test_truncation_does_not_end_the_value",
-        "the same where only the clock ends episodes (V is 10)",
+        "the same, where only a time limit ends episodes",
         'np.flatnonzero([info["TimeLimit.truncated"] for info in infos])', "[]", CONSTANT, "value"),
     Bug("entropy-sign", PPO, "test_ppo.py::test_the_entropy_bonus_raises_entropy",
-        "the entropy bonus with the wrong sign: certainty is rewarded (--entropy-coef 0.01)",
+        "the entropy bonus with the wrong sign: certainty is rewarded (`--entropy-coef 0.01`)",
         "- args.entropy_coef * entropy.mean()", "+ args.entropy_coef * entropy.mean()", "--entropy-coef 0.01"),
     Bug("ratio-always-1", PPO, "test_ppo.py::test_the_ratio_is_one_in_the_first_minibatch_of_a_rollout",
-        "old log-probabilities computed anew in every minibatch: the ratio is 1 and nothing is clipped",
+        "old log-probabilities recomputed in every minibatch: the ratio is 1, and nothing is clipped",
         "ppo_loss(log_probs, mb_log_probs, ", "ppo_loss(log_probs, log_probs.detach(), "),
     Bug("ratio-attached", PPO, "test_ppo.py::test_the_ratio_is_one_in_the_first_minibatch_of_a_rollout",
-        "the same without detach: the policy's gradient is 0",
+        "the same without `detach`: the policy's gradient is 0",
         "ppo_loss(log_probs, mb_log_probs, ", "ppo_loss(log_probs, log_probs, "),
     Bug("columns-shuffled-apart", PPO, "test_ppo.py::test_all_columns_of_a_minibatch_are_of_the_same_transitions",
-        "each column shuffled in an order of its own: advantages meet other actions",
+        "each column of the batch is shuffled in its own order: advantages meet other actions",
         "(c[indices] for c in batch)", "(c[torch.randperm(len(c))[: len(indices)]] for c in batch)"),
     Bug("axes-swapped", PPO, "test_ppo.py::test_all_columns_of_a_minibatch_are_of_the_same_transitions",
-        "observations flattened as (N, T), the rest as (T, N): all shapes fit",
+        "observations flattened as (N, T), everything else as (T, N): all shapes fit",
         "columns = rollout.obs[:-1], ", "columns = rollout.obs[:-1].swapaxes(0, 1).copy(), "),
     Bug("not-shuffled", PPO, "test_ppo.py::test_every_sample_is_seen_once_per_epoch_and_its_columns_stay_together",
-        "minibatches in the order of time",
+        "minibatches in the order of time, not shuffled",
         "torch.randperm(len(obs))", "torch.arange(len(obs))"),
     Bug("learning-rate-rises", PPO, "test_ppo.py::test_learning_rate_and_clip_fall_in_a_straight_line[True]",
-        "the learning rate annealed the wrong way, from 0 to its full size",
+        "the learning rate rises from 0 to its full size, and does not fall",
         "learning_rate = args.learning_rate * remaining", "learning_rate = args.learning_rate * (1.0 - remaining)"),
 ]  # fmt: skip
 
@@ -285,20 +284,22 @@ def results(bug: Bug, broken: bool) -> dict[str, float]:
     return {row["seed"]: float(row["result"]) for row in known_rows() if key.items() <= row.items()}
 
 
+def cells(bug: Bug) -> list[str]:
+    """Return the mean (and lowest) greedy return, or the mean value V, with the mistake and without it."""
+    if bug.run is None:
+        return ["—", "—"]
+    both = [results(bug, broken).values() for broken in (True, False)]
+    form = "V = {:.1f}" if bug.shows == "value" else "{:.1f} ({:.1f})"
+    return [form.format(mean(values), min(values)) if values else "not run yet" for values in both]
+
+
 def table() -> str:
-    """Return the README's table: greedy returns, or values (V), over the seeds of bugs.csv."""
-    lines = ["| script | mistake | with it: mean (lowest) | without | caught by |", "|---|---|---:|---:|---|"]
+    """Return the table of docs/mistakes.md, of the seeds in bugs.csv; a test's name shows where the mouse rests."""
+    lines = ["| script | mistake | with it | without | test |", "|---|---|---:|---:|---|"]
     for bug in BUGS:
-        cells = ["not trained" if bug.run is None else "not run yet", ""]
-        if bug.run is not None and results(bug, broken=True):
-            found, right = (results(bug, broken).values() for broken in (True, False))
-            form = "V = {:.1f}" if bug.shows == "value" else "{:.1f} ({:.1f})"
-            cells = [form.format(mean(values), min(values)) for values in (found, right)]
-            if abs(mean(found) - mean(right)) <= 0.02 * abs(mean(right)):
-                cells[0] += ", none seen"
         file, _, name = bug.test.partition("::")
-        name = f"[`{name.partition('[')[0]}`](tests/{file})"
-        lines.append("| " + " | ".join([f"`{bug.script}`", bug.what, *cells, name]) + " |")
+        link = f'[`{Path(file).stem}`](../tests/{file} "{name.partition("[")[0]}")'
+        lines.append("| " + " | ".join([f"`{bug.script}`", bug.what, *cells(bug), link]) + " |")
     return "\n".join(lines)
 
 
@@ -347,7 +348,7 @@ def check(bugs: list[Bug]) -> bool:
 class Args:
     seeds: list[int] = field(default_factory=list)  # train with each mistake, and without, on these seeds
     tests: bool = False  # put every mistake before its test
-    table: bool = False  # print the README's table
+    table: bool = False  # print the table of docs/mistakes.md
     only: list[str] = field(default_factory=list)  # names of mistakes (default: all)
 
 

@@ -5,7 +5,7 @@ import time
 import gymnasium as gym
 import numpy as np
 
-MILLISECONDS = ("0.1", "1", "10")
+MILLISECONDS = ("0.1", "1", "10", "100")
 
 
 class Slow(gym.Env):

@@ -1,4 +1,4 @@
-"""Print the README's tables of the results in benchmarks/results/NAME/summary.csv.
+"""Print the tables of docs/results.md, of the results in benchmarks/results/NAME/summary.csv.
 
 python benchmarks/table.py dqn_cartpole                                     # a row per seed
 python benchmarks/table.py dqn_cartpole dqn_vecenv ppo_cartpole             # a row per set of runs
@@ -43,7 +43,7 @@ def row_of(name: str) -> str:
         [float(row[column]) for row in rows] for column in ("final_return_mean", "worst_late_evaluation", "seconds")
     )
     return (
-        f"| [`{name}`](benchmarks/results/{name}) | {len(rows)} | {sum(final >= 499.95 for final in finals)} "
+        f"| [`{name}`](../benchmarks/results/{name}) | {len(rows)} | {sum(final >= 499.95 for final in finals)} "
         f"| {min(finals):.1f} | {sum(final >= 475 for final in finals)} | {sum(worst >= 475 for worst in late)} "
         f"| {min(seconds):.1f} to {max(seconds):.1f} |"
     )
@@ -78,7 +78,7 @@ def rates_of(name: str) -> str:
     low, high = (100 * rate for rate in rate_interval(hits, n))
     least, most = bootstrap(finals)
     return (
-        f"| [`{name}`](benchmarks/results/{name}) | {hits} of {n} | {low:.0f} to {high:.0f} % "
+        f"| [`{name}`](../benchmarks/results/{name}) | {hits} of {n} | {low:.0f} to {high:.0f} % "
         f"| {finals.mean():.1f} | {least:.1f} to {most:.1f} |"
     )
 
@@ -95,7 +95,7 @@ def settings(name: str) -> str:
         flags = json.loads((folder / "command.json").read_text())["command"].partition("--seed N")[2].strip()
         finals = [float(row["final_return_mean"]) for row in rows]
         each = ", ".join(f"{final:.0f}" for final in finals)
-        lines.append(f"| [`{flags}`](benchmarks/results/{folder.name}) | {each} | {sum(finals) / len(finals):.0f} |")
+        lines.append(f"| [`{flags}`](../benchmarks/results/{folder.name}) | {each} | {sum(finals) / len(finals):.0f} |")
     return "\n".join(lines)
 
 

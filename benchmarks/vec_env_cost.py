@@ -4,8 +4,9 @@
     python benchmarks/vec_env_cost.py --plot-only
 
 Random actions, no learning, with the environments that dqn_vecenv.py makes: CartPole, and an environment whose step is
-made to wait or to compute for 0.1, 1 or 10 ms. Writes benchmarks/results/vec_env_cost/: cost.csv, every measurement;
-command.json; and docs/vec_env_cost.png. Prints the README's table.
+made to wait or to compute for 0.1 to 100 ms; with EnvPool and Ray too, where they are installed. Writes
+benchmarks/results/vec_env_cost/: cost.csv, every measurement; command.json; and docs/vec_env_cost.png. Prints the table
+of docs/performance.md.
 """
 
 import csv
@@ -51,7 +52,8 @@ class Args:
 def transitions_per_second(env_id: str, vec_env: str, num_envs: int, seconds: float) -> float:
     """Step with random actions for this long, after a warm-up of a tenth of it."""
     args = dqn_vecenv.Args(env_id=env_id, vec_env=vec_env, num_envs=num_envs, learning_starts=100)
-    envs = dqn_vecenv.EnvPoolVecEnv(args) if vec_env == "envpool" else dqn_vecenv.make_envs(args)
+    backends = {"envpool": dqn_vecenv.EnvPoolVecEnv, "ray": dqn_vecenv.RayVecEnv}
+    envs = backends.get(vec_env, dqn_vecenv.make_envs)(args)
     actions = np.random.default_rng(0).integers(0, 2, (1_000, num_envs)).tolist()  # plain ints, as in the scripts
     envs.seed(0)
     envs.reset()
@@ -73,7 +75,8 @@ def transitions_per_second(env_id: str, vec_env: str, num_envs: int, seconds: fl
 def measure(args: Args):
     """Write every measurement to cost.csv."""
     OUT.mkdir(parents=True, exist_ok=True)
-    packages = ("gymnasium", "stable-baselines3", "numpy", *(["envpool"] if find_spec("envpool") else []))
+    optional = [name for name in ("envpool", "ray") if find_spec(name)]
+    packages = ("gymnasium", "stable-baselines3", "numpy", *optional)
     command = {"command": "python benchmarks/vec_env_cost.py", **{name: version(name) for name in packages}}
     command |= {"python": platform.python_version(), "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
     (OUT / "command.json").write_text(json.dumps(command, indent=2) + "\n")
@@ -81,10 +84,9 @@ def measure(args: Args):
         file.write("round,env,vec_env,num_envs,transitions_per_second\n")
         for number in range(args.rounds):
             for env_id, name in ENVS.items():
-                backends = ["dummy", "subproc"]
-                if name == "CartPole" and find_spec("envpool"):
-                    backends.append("envpool")
-                for vec_env in backends:
+                for vec_env in ["dummy", "subproc", *optional]:
+                    if vec_env == "envpool" and name != "CartPole":
+                        continue
                     for num_envs in args.num_envs:
                         rate = transitions_per_second(env_id, vec_env, num_envs, args.seconds)
                         file.write(f"{number},{name},{vec_env},{num_envs},{rate:.1f}\n")
@@ -113,28 +115,31 @@ def table() -> str:
 
 
 def plot():
-    """Draw how many times as fast as DummyVecEnv each backend is."""
+    """Draw how many times as fast as DummyVecEnv each backend is: left where a step waits, right where it computes."""
     found = medians()
-    figure, axes = plt.subplots(figsize=(7.2, 3.8), dpi=150)
-    styles = {"waits": "-", "computes": "--", "CartPole": "-"}
-    for (env, vec_env), each in found.items():
-        if vec_env == "dummy":
-            continue
-        counts = sorted(each)
-        ratios = [each[n] / found[env, "dummy"][n] for n in counts]
-        label = f"{env}, {vec_env}" if env == "CartPole" else env
-        colour = {"CartPole": "C3" if vec_env == "subproc" else "C4"}.get(env) or {"0.1": "C0", "1": "C1", "10": "C2"}[
-            env.split()[1]
-        ]
-        axes.plot(counts, ratios, styles[env.split()[0]], marker="o", markersize=3, color=colour, label=label)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="environments", ylabel="times as fast as DummyVecEnv")
-    axes.set_xticks(counts, [str(n) for n in counts])
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+    figure, both = plt.subplots(1, 2, figsize=(8.4, 3.6), dpi=150, sharey=True)
+    for axes, verb in zip(both, ("waits", "computes"), strict=True):
+        for (env, vec_env), each in found.items():
+            if vec_env == "dummy" or not env.startswith({"waits": ("waits", "CartPole")}.get(verb, verb)):
+                continue
+            counts = sorted(each)
+            ratios = [each[n] / found[env, "dummy"][n] for n in counts]
+            colour = "black" if env == "CartPole" else f"C{list(slow_envs.MILLISECONDS).index(env.split()[1])}"
+            line = {"subproc": "-", "ray": ":", "envpool": "--"}[vec_env]
+            axes.plot(counts, ratios, line, marker="o", markersize=3, color=colour)
+            axes.annotate(env.removeprefix(verb), (counts[-1], ratios[-1]), (4, -2), textcoords="offset points", size=7)
+        axes.axhline(1, color="grey", linewidth=0.8)
+        axes.set(xscale="log", yscale="log", xlabel="environments", title=f"a step {verb}", xlim=(0.9, 32))
+        axes.set_xticks(counts, [str(n) for n in counts])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    both[0].set_ylabel("times as fast as DummyVecEnv")
+    lines = {"SubprocVecEnv": "-", "Ray": ":", "EnvPool": "--"}
+    for name, line in lines.items():
+        both[0].plot([], [], line, color="grey", label=name)
+    both[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "vec_env_cost.png")
 

@@ -21,7 +21,6 @@ import tyro
 from conftest import ROOT, SCRIPTS, load
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import bugs
 import denormals
 import drawings
 import pictures
@@ -48,7 +47,6 @@ TABLES = {
     "settings": lambda: table.settings("dqn_lstm_cartpole_set"),
     "costs": vec_env_cost.table,
     "ratios": speed.table,
-    "mistakes": bugs.table,
 }
 
 each_readme = pytest.mark.parametrize("readme", READMES, ids=["en", "zh"])

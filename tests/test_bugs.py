@@ -1,6 +1,7 @@
-"""The gallery of mistakes in benchmarks/bugs.py: every patch fits the scripts as they are, and its test catches it."""
+"""The mistakes of benchmarks/bugs.py: patches fit, tests catch them, and docs/mistakes.md shows what they are."""
 
 import ast
+import doctest
 import re
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from conftest import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bugs
+
+ENGLISH, CHINESE = ((ROOT / "docs" / f"mistakes{language}.md").read_text() for language in ("", ".zh-CN"))
+BLOCK = r"(?ms)^```(\w+)\n(.*?)^```$"
 
 each_bug = pytest.mark.parametrize("bug", bugs.BUGS, ids=lambda bug: bug.name)
 
@@ -71,3 +75,100 @@ def test_what_is_harmless_or_cannot_run_is_not_taken_for_caught():
     command = [sys.executable, "-c", NO_MISTAKES, *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
     assert done.stdout.endswith("[True, False, False]\n"), done.stdout + done.stderr
+
+
+# --- docs/mistakes.md ---
+
+each_page = pytest.mark.parametrize("page", [ENGLISH, CHINESE], ids=["en", "zh"])
+
+
+def rows(page):
+    """Return the cells of each line of its table, header aside."""
+    return [line[2:-2].split(" | ") for line in re.findall(r"(?m)^\|.*\|$", page)[2:]]
+
+
+def sections(page):
+    """Return (diff blocks, prose without code and targets of links) of each section."""
+    texts = re.sub(r"(?m)^\|.*\n", "", page).split("\n## ")
+    prose = [re.sub(r"`[^`\n]*`|\]\([^)]*\)", "", re.sub(BLOCK, "", text)) for text in texts]
+    blocks = [[body for kind, body in re.findall(BLOCK, text) if kind == "diff"] for text in texts]
+    return list(zip(blocks, prose, strict=True))
+
+
+def numbers(text):
+    return re.findall(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?", text)
+
+
+def bare(text):
+    """Return a script without indentation and comments at the ends of lines."""
+    return "\n".join(line.partition("  # ")[0].strip() for line in text.splitlines())
+
+
+def bugs_of(block):
+    """Return the mistakes whose patch is this diff block: `-` is wrong, `+` is in the script."""
+    right, wrong = (
+        bare("\n".join(line[1:] for line in block.splitlines() if line[0] in signs)) for signs in (" +", " -")
+    )
+    scripts = {bug.script: bare((ROOT / bug.script).read_text()) for bug in bugs.BUGS}
+    return [
+        bug
+        for bug in bugs.BUGS
+        if scripts[bug.script].count(right) == 1
+        and scripts[bug.script].replace(right, wrong) == bare(bugs.patched(bug))
+    ]
+
+
+def test_the_page_shows_the_table_of_the_raw_data():
+    assert bugs.table() in ENGLISH
+
+
+def test_the_chinese_table_differs_in_the_words_for_the_mistakes_alone():
+    english, chinese = rows(ENGLISH), rows(CHINESE)
+    assert [[script, *rest] for script, _, *rest in english] == [[script, *rest] for script, _, *rest in chinese]
+    for (_, ours, *_), (_, theirs, *_) in zip(english, chinese, strict=True):
+        for pattern in (r"https?://[^)]+", r"`[^`]+`"):
+            assert re.findall(pattern, ours) == re.findall(pattern, theirs)
+
+
+@each_page
+def test_the_page_counts_the_mistakes(page):
+    assert f" {len(bugs.BUGS)} " in page.replace("\n", " ").partition("## 1.")[0] and len(rows(page)) == len(bugs.BUGS)
+
+
+@each_page
+def test_what_a_section_shows_is_a_patch_and_its_figures_are_those_of_the_raw_data(page):
+    known = {number for bug in bugs.BUGS for cell in bugs.cells(bug) for number in numbers(cell)}
+    shown = []
+    for blocks, prose in sections(page):
+        assert {number for number in numbers(prose) if "." in number} <= known
+        for block in blocks:
+            found = bugs_of(block)
+            assert found, block
+            assert all(cell in prose.replace("\n", " ") for bug in found for cell in bugs.cells(bug)), found
+            shown += [bug.name for bug in found]
+    assert len(shown) == len(set(shown)) >= 6
+
+
+def test_both_languages_show_the_same_code_numbers_and_links():
+    assert re.findall(BLOCK, ENGLISH) == re.findall(BLOCK, CHINESE)
+    english, chinese = sections(ENGLISH), sections(CHINESE)
+    for (_, ours), (_, theirs) in zip(english, chinese, strict=True):
+        assert sorted(numbers(ours)) == sorted(numbers(theirs))
+    links = [re.findall(r"\]\((\.\.[^)]+|tour[^)]+)\)", page) for page in (ENGLISH, CHINESE)]
+    assert links[0] == links[1]
+
+
+@each_page
+def test_links_of_the_page_lead_to_files_and_tests(page):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page):
+        assert target.startswith("https://") or (ROOT / "docs" / target).exists(), target
+    for name, file in re.findall(r"\[`(test_\w+)`\]\(\.\./(tests/\w+\.py)\)", page):
+        assert f"\ndef {name}(" in (ROOT / file).read_text(), name
+
+
+def test_what_python_says_is_what_the_page_says():
+    blocks = [body for kind, body in re.findall(BLOCK, ENGLISH) if kind == "python"]
+    assert len(blocks) == 3
+    for block in blocks:
+        test = doctest.DocTestParser().get_doctest(block, {}, "mistakes.md", None, None)
+        assert test.examples and doctest.DocTestRunner().run(test).failed == 0
