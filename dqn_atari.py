@@ -50,8 +50,8 @@ action 1 is FIRE, actions 1 and 2: in training that spares the agent the screen 
 have learned to press it for an evaluation. train/episode_return is of whole games all the same, unclipped.
 
 Differences from the paper: Adam, whose learning rate falls from 2e-4 to 0, instead of RMSProp; three-step returns
-(Hessel et al., "Rainbow", AAAI 2018), which carry a reward back three times as fast; a gradient step every 6 actions
-instead of 4, so that more is played in an hour; target copies every 667 gradient steps instead of 10,000; 10 million
+(Hessel et al., "Rainbow", AAAI 2018), which carry a reward back three times as fast; He's first weights; a gradient step
+every 6 actions instead of 4, so that more is played in an hour; target copies every 667 gradient steps instead of 10,000; 10 million
 transitions instead of 50, epsilon down to 0.01 after 250,000 (and 0.01 in evaluations, of whole games, not 0.05 and 5
 minutes), learning from 20,000 on instead of 50,000; FIRE pressed for the agent, several games side by side, a bootstrap
 where a game runs out of time. As there: no-op starts, 4 frames per action, the maximum of the last two, one life per
@@ -118,7 +118,7 @@ class Args:
     buffer_size: Annotated[int | None, 1, 10**9] = None  # transitions in the memory (default: 1,000,000, or what fits)
     batch_size: Count = 32  # transitions per gradient step
     network: Literal["nature", "nips"] = "nature"  # of 2015; or of 2013, a third of the multiplications
-    init: Literal["torch", "he"] = "torch"  # first weights: PyTorch's; or He's, with which Pong's score rises sooner
+    init: Literal["he", "torch"] = "he"  # first weights: He's; or PyTorch's, with which ReLUs died on Pong
 
     # exploration
     epsilon_start: Fraction = 1.0  # probability of a random action at the start

@@ -25,7 +25,7 @@ copy of the network that trails behind it.
 
     python dqn_cartpole.py
     python dqn_cartpole.py --env-id Acrobot-v1 --seed 2 --video
-    python dqn_cartpole.py --resume runs/NAME --total-timesteps 160000
+    python dqn_cartpole.py --resume runs/NAME --total-timesteps 200000
     python dqn_cartpole.py --play runs/NAME/best.pt --render
 
 Measured with the defaults, seeds 1 to 20: the final network's greedy return over 100 episodes is 500.0 on 15 of 20
@@ -39,7 +39,7 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of 20 seeds
 
 Differences from the paper: vectors and a small network instead of pixels; Adam instead of RMSProp, with a learning rate
 that falls to 0; squared errors, not clipped (--loss huber clips); a target network that follows slowly instead of by
-copies; epsilon stays at 0.2, so that the memory goes on seeing how the pole falls; 16 environments side by side, whose
+copies; epsilon stays at 0.2, so that the memory goes on seeing how the pole falls; 8 environments side by side, whose
 actions are chosen in one forward pass; the end of a time limit is not taken for a termination. No double or dueling
 networks, no prioritised replay, no n-step returns.
 """

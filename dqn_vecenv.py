@@ -19,13 +19,13 @@
     L = mean of (y - Q(s, a))^2                the loss, over a minibatch from the replay memory
 
 The algorithm is that of dqn_cartpole.py (Mnih et al., Nature 518, 2015). This script is about what feeds it: several
-environments side by side, in a process each (--vec-env subproc), in this process (dummy), or in the threads of
-EnvPool's C++ (envpool).
+environments side by side, in a process each (--vec-env subproc), in this process (dummy), in the threads of EnvPool's
+C++ (envpool), or on the machines of a Ray cluster (ray).
 
     python dqn_vecenv.py
     python dqn_vecenv.py --env-id corridor:Corridor-v0           # an environment of your own: see the README
-    python dqn_vecenv.py --time-limit -1                         # CartPole without its limit; evaluations end at 10,000
-    python dqn_vecenv.py --resume runs/NAME --total-timesteps 160000
+    RAY_ADDRESS=HOST:6379 python dqn_vecenv.py --vec-env ray     # on a cluster; without an address on this machine
+    python dqn_vecenv.py --resume runs/NAME --total-timesteps 200000
     python dqn_vecenv.py --play runs/NAME/best.pt --render
 
 Measured with the defaults, seeds 1 to 10: the final network's greedy return over 100 episodes is 500.0 on nine of ten
@@ -54,9 +54,8 @@ Four things are easy to get wrong. Gradient steps are counted per transition, no
 for itself whether it explores. Environment i gets seed + i, or all would play the same episodes. And after the end of
 an episode the VecEnv returns the first observation of the next one; the last one of the ended episode is in the info.
 
-Differences from dqn_cartpole.py. Arguments: worker processes by default, --vec-env envpool; one gradient step per 16
-transitions, with batch 512, learning rate 1.6e-2 and tau 0.05, in place of one per 5 with 128, 4e-3 and 0.02: one
-large gradient step costs less than 3.2 small ones. Environment: EnvPoolVecEnv.
+Differences from dqn_cartpole.py. Arguments: worker processes by default, --vec-env envpool and ray. Environment:
+EnvPoolVecEnv, RayVecEnv. The algorithm, its defaults and the loop are the same.
 """
 
 import argparse

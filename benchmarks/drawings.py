@@ -4,7 +4,7 @@
     python benchmarks/drawings.py --out DIRECTORY
 
 What can be computed by a script's own function is: the clipped objective comes from ppo_loss, its gradient from
-autograd, the frames and the delays from a game of AtariGame.
+autograd, the delays from games of AtariGame.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ import dqn_atari
 import ppo_cartpole
 
 ROOT = Path(__file__).resolve().parent.parent
-GAMMA, CLIP = dqn_atari.Args.gamma, ppo_cartpole.Args.clip_coef
+GAMMA, N_STEP, CLIP = dqn_atari.Args.gamma, dqn_atari.Args.n_step, ppo_cartpole.Args.clip_coef
 
 
 @dataclass
@@ -81,28 +81,25 @@ def draw_limits(axes):
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.88))
 
 
-def breakout(num_steps: int = 6_000) -> tuple[list[int], np.ndarray]:
-    """Let the paddle follow the ball. Return the steps from each hit to its brick, and a stack with the ball in it."""
+def breakout(num_steps: int = 6_000) -> list[int]:
+    """Let the paddle follow the ball. Return the steps from each hit to its brick."""
     env = dqn_atari.make_env(dqn_atari.Args(), evaluation=True)
     env.reset(seed=1)
-    stacks, shown = np.zeros((1, 4, 84, 84), np.uint8), None
     delays, hit, y_before = [], None, 0
     for step in range(num_steps):
         # Bytes of the console's memory: where the paddle is, and the ball; y grows downwards, 0 is no ball.
         paddle, x, y = (int(env.ale.getRAM()[address]) for address in (72, 99, 101))
         action = 1 if y == 0 else 2 if x > paddle + 9 else 3 if x < paddle + 3 else 0  # FIRE, RIGHT, LEFT, NOOP
-        frame, reward, terminated, truncated, _ = env.step(action)
-        dqn_atari.push_frames(stacks, frame[None], ended=np.array([False]))
+        _, reward, terminated, truncated, _ = env.step(action)
         after = int(env.ale.getRAM()[101])
         if 0 < after < y and y >= max(160, y_before):  # it fell, and rises again down here: the paddle's step
             hit = step
         if reward > 0 and hit is not None:
             delays, hit = [*delays, step - hit], None
-        shown = stacks[0].copy() if step == 28 else shown
         y_before = y
         if terminated or truncated:
             env.reset()
-    return delays, shown
+    return delays
 
 
 def summary(delays: list[int]) -> str:
@@ -110,16 +107,23 @@ def summary(delays: list[int]) -> str:
     return f"{len(delays)} bricks, {shortest} to {longest} steps after the paddle's hit, median {median:.0f}"
 
 
-def draw_delays(left, right, delays: list[int]):
-    """Left: the delays. Right: how far back a reward has come after some copies of the target network."""
-    left.hist(delays, np.arange(0.5, 30), color="C0")
-    left.set(xlabel="steps from the paddle to the brick", ylabel="bricks")
-    back = np.arange(31)
-    for copies, colour in ((1, "C3"), (5, "C1"), (15, "C2")):
-        right.plot(back, np.where(back <= copies, GAMMA**back, 0), color=colour, label=f"after {copies} copies")
-    right.plot(back, GAMMA**back, "k--", linewidth=1, label=f"limit, {GAMMA}^k")
-    right.set(xlabel="steps k before the brick", ylabel="Q", xlim=(30, 0), ylim=(0, 1.05))
-    right.legend(frameon=False, loc="center left")
+def draw_delays(top, bottom, delays: list[int]):
+    """Top: the delays. Bottom: copies of the target network until a table's value knows of a reward so far ahead."""
+    steps, median = np.arange(31), int(statistics.median(delays))
+    top.hist(delays, np.arange(-0.5, 31), color="0.6")
+    top.set(title="Steps from the paddle's hit to the brick", ylabel="bricks")
+    for n, colour in ((1, "C3"), (N_STEP, "C0")):  # rewards of n steps are in the first target; each copy adds n more
+        bottom.plot(steps, steps // n, "o", markersize=4, color=colour)
+        bottom.text(30.4, 30 // n, f"--n-step {n}", va="center", color=colour, weight="bold")
+        bottom.plot(median, median // n, "o", markersize=9, color=colour)
+        bottom.text(median + 0.4, median // n - 3.4, f"{median // n} copies for {median} steps", color=colour)
+    bottom.set(title="Copies until the value of the paddle's step counts the brick", ylabel="copies", ylim=(-1, 32))
+    bottom.set(xlabel="steps from the paddle's hit to the brick")
+    for axes in (top, bottom):
+        axes.axvline(median, color="black", linestyle=":", linewidth=1)
+        axes.set(xlim=(-0.5, 35))
+        axes.set_xticks(range(0, 31, 5))
+    top.text(median + 0.4, 0.9, f"median: {median} steps", transform=top.get_xaxis_transform())
 
 
 def draw_clip(column, sign: int):
@@ -143,18 +147,14 @@ def draw_clip(column, sign: int):
 def main():
     out = tyro.cli(Args, description=__doc__).out
     out.mkdir(parents=True, exist_ok=True)
-    delays, frames = breakout()
+    delays = breakout()
     print(summary(delays))
     with picture(out / "tour_ends.png", 8.6, 3) as axes:
         draw_ends(axes[0, 0])
     with picture(out / "tour_limits.png", 6, 2.8) as axes:
         draw_limits(axes[0, 0])
-    with picture(out / "tour_frames.png", 8.6, 2.5, columns=4) as axes:
-        for i, (each, frame) in enumerate(zip(axes[0], frames, strict=True)):
-            each.imshow(frame, cmap="gray")
-            each.set(title="t" if i == 3 else f"t - {3 - i}", xticks=[], yticks=[])
-    with picture(out / "tour_delays.png", 8.6, 3, columns=2) as axes:
-        draw_delays(*axes[0], delays)
+    with picture(out / "tour_delays.png", 7.6, 5.2, rows=2) as axes:
+        draw_delays(*axes[:, 0], delays)
     with picture(out / "tour_clip.png", 8.6, 4.4, 2, 2) as axes:
         draw_clip(axes[:, 0], 1)
         draw_clip(axes[:, 1], -1)

@@ -424,13 +424,14 @@ def test_the_tour_speaks_of_what_is_there():
 
 
 def test_the_pictures_of_the_tour_are_drawn(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(drawings, "breakout", lambda: ([14, 6, 28], np.zeros((4, 84, 84), np.uint8)))
+    monkeypatch.setattr(drawings, "breakout", lambda: [14, 6, 28])
     monkeypatch.setattr(sys, "argv", ["drawings.py", "--out", str(tmp_path)])
     drawings.main()
     assert capsys.readouterr().out == "3 bricks, 6 to 28 steps after the paddle's hit, median 14\n"
-    shown = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "docs" / "tour.md").read_text())
-    assert {path.name for path in tmp_path.iterdir()} == set(shown)
-    assert all((ROOT / "docs" / name).exists() for name in shown)
+    for page in ("tour.md", "tour.zh-CN.md"):
+        shown = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "docs" / page).read_text())
+        assert {path.name for path in tmp_path.iterdir()} == {name for name in shown if name.startswith("tour_")}
+        assert all((ROOT / "docs" / name).exists() for name in shown)
 
 
 def test_denormal_numbers_among_adams_means_are_counted():

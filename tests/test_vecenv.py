@@ -183,8 +183,8 @@ def test_a_pool_that_resets_late_would_show(run, memories, fake_envpool, monkeyp
 
 @pytest.mark.parametrize("backend", [dqn.EnvPoolVecEnv, dqn.RayVecEnv])
 def test_it_answers_as_sb3_does(backend, fake_envpool, fake_ray):
-    envs = backend(dqn.Args(env_id="toy_envs:Mixed-v0"))
-    expected = dqn.make_envs(dqn.Args(env_id="toy_envs:Mixed-v0", vec_env="dummy"))
+    envs = backend(dqn.Args(env_id="toy_envs:Mixed-v0", num_envs=16))
+    expected = dqn.make_envs(dqn.Args(env_id="toy_envs:Mixed-v0", num_envs=16, vec_env="dummy"))
     assert (envs.observation_space, envs.action_space) == (expected.observation_space, expected.action_space)
     rng, episodes = np.random.default_rng(0), []
     for either in (envs, expected):

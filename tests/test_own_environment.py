@@ -1,0 +1,147 @@
+"""docs/own_environment.md shows the files that were run, the figures of the raw data, the messages as printed."""
+
+import csv
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import tyro
+from conftest import ROOT, load
+
+EXAMPLES = ROOT / "docs" / "examples"
+RESULTS = ROOT / "benchmarks" / "results"
+ENGLISH, CHINESE = ((ROOT / "docs" / f"own_environment{language}.md").read_text() for language in ("", ".zh-CN"))
+RUNS = ["own_corridor", "own_minigrid", "own_arm_defaults", "own_arm"]
+
+each_language = pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["en", "zh"])
+
+
+def blocks(text, kind):
+    return re.findall(rf"(?ms)^```{kind}\n(.*?)^```", text)
+
+
+def make(monkeypatch, needs, env_id):
+    pytest.importorskip(needs)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return gym.make(env_id)
+
+
+# --- What is shown ---
+
+
+@each_language
+def test_each_block_is_the_text_of_its_file(text):
+    names = ("corridor", "minigrid_pixels", "nine_torques")
+    assert blocks(text, "python") == [(EXAMPLES / f"{name}.py").read_text() for name in names]
+
+
+def test_the_corridor_is_that_of_the_tests():
+    shown, tested = ((folder / "corridor.py").read_text().split('"""', 2)[2] for folder in (EXAMPLES, ROOT / "tests"))
+    assert shown == tested
+
+
+def test_both_languages_show_the_same():
+    first = [text.splitlines()[0] for text in (ENGLISH, CHINESE)]
+    assert "(own_environment.zh-CN.md)" in first[0] and "(own_environment.md)" in first[1]
+    for kind in ("bash", "console"):
+        assert blocks(ENGLISH, kind) == blocks(CHINESE, kind) != []
+    cells = [re.findall(r"\| *(-?\d[^|]*?) *(?=\|)", text) for text in (ENGLISH, CHINESE)]
+    assert cells[0] == cells[1] != []
+
+
+@each_language
+def test_links_lead_somewhere(text):
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert (ROOT / "docs" / target).exists(), target
+
+
+# --- What was run ---
+
+
+def test_the_commands_shown_are_those_of_the_raw_data():
+    shown = [line for block in blocks(ENGLISH, "bash") for line in block.splitlines()]
+    for name in RUNS:
+        command = json.loads((RESULTS / name / "command.json").read_text())["command"]
+        assert f"PYTHONPATH=docs/examples {command.replace(' --seed N', '')}" in shown
+    for line in shown:
+        script, *flags = shlex.split(line.removeprefix("PYTHONPATH=docs/examples ").removeprefix("python "))
+        if not script.startswith("docs/"):
+            tyro.cli(load(ROOT / script).Args, args=flags)
+
+
+@each_language
+@pytest.mark.parametrize("name", RUNS)
+def test_the_returns_shown_are_those_of_the_raw_data(name, text):
+    digits = 2 if name in ("own_corridor", "own_minigrid") else 1
+    rows = csv.DictReader((RESULTS / name / "summary.csv").open())
+    assert f"| {', '.join(format(float(row['final_return_mean']), f'.{digits}f') for row in rows)} |" in text
+
+
+@each_language
+@pytest.mark.parametrize("name", ["own_arm_defaults", "own_arm"])
+def test_the_estimates_shown_are_those_of_the_raw_data(name, text):
+    shown = []
+    for path in sorted((RESULTS / name).glob("seed_*.csv")):
+        values = [float(row["value"]) for row in csv.DictReader(path.open()) if row["metric"] == "train/q_taken"]
+        shown.append((max(values), values[-1]))
+    for column in zip(*shown, strict=True):
+        assert f"| {', '.join(f'{value:.1f}' for value in column)} |" in text
+
+
+@each_language
+def test_the_baselines_shown_are_those_of_the_raw_data(text):
+    for row in csv.DictReader((RESULTS / "own_baselines" / "baselines.csv").open()):
+        assert re.search(rf"\| *{re.escape(row['mean'])} *(\||,)", text), row
+
+
+@pytest.mark.parametrize("flags, mean", [((), "-27.81"), (("--always", "1"), "-4.52")])
+def test_the_baselines_come_from_their_command(flags, mean):
+    command = [sys.executable, EXAMPLES / "baselines.py", "corridor:Corridor-v0", *flags]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith(f"return {mean} over 100 episodes")
+
+
+# --- What the examples do ---
+
+
+def test_pixels_are_one_frame(monkeypatch):
+    env = make(monkeypatch, "minigrid", "minigrid_pixels:EmptyRoomPixels-v0")
+    frames = [env.reset(seed=seed)[0] for seed in range(5)]
+    assert env.observation_space == gym.spaces.Box(0, 255, (84, 84), np.uint8)
+    assert all(frame.shape == (84, 84) and frame.dtype == np.uint8 for frame in frames)
+    assert len({frame.tobytes() for frame in frames}) > 1  # the agent starts somewhere else each time
+
+
+def test_nine_torques_are_the_pairs_of_three(monkeypatch):
+    env = make(monkeypatch, "mujoco", "nine_torques:NineTorques-v0")
+    assert env.action_space == gym.spaces.Discrete(9)
+    torques = [env.get_wrapper_attr("action")(np.int64(action)).tolist() for action in range(9)]
+    sizes = (-0.1, 0.0, 0.1)
+    np.testing.assert_allclose(torques, [[first, second] for first in sizes for second in sizes], atol=1e-6)
+
+
+# --- What is refused ---
+
+
+def refusals():
+    for block in blocks(ENGLISH, "console"):
+        for command, message in re.findall(r"(?m)^\$ (.*)\n(.*)$", block):
+            yield pytest.param(command, message, id=command.split()[-1])
+
+
+@pytest.mark.parametrize("command, message", refusals())
+def test_a_refusal_is_printed_as_shown(command, message, monkeypatch):
+    for needs in {"minigrid_pixels": ["minigrid"], "CarRacing": ["Box2D"]}.items():
+        if needs[0] in command:
+            pytest.importorskip(needs[1][0])
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    script, *flags = shlex.split(command.removeprefix("PYTHONPATH=docs/examples ").removeprefix("python "))
+    module = load(ROOT / script)
+    with pytest.raises(module.UsageError) as error:
+        module.make_env(tyro.cli(module.Args, args=flags))
+    assert f"{module.SCRIPT}: {error.value}" == message
