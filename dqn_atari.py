@@ -23,22 +23,15 @@
 
 The algorithm of dqn_cartpole.py, which is the script to read first, with what pixels ask for: a preprocessing that
 makes 84x84 grey frames of a game, four of them stacked into an observation, a convolutional network, and a replay
-memory that stores each frame once. The games run in processes of their own, and step while the main process learns.
+memory that stores each frame once. The games run in processes of their own, and step while the main process learns. Any
+other environment whose observation is one 84x84 grey frame is learned too (docs/own_environment.md).
 
     python dqn_atari.py --env-id BreakoutNoFrameskip-v4
     python dqn_atari.py --env-id PongNoFrameskip-v4 --target-return 18
     python dqn_atari.py --resume runs/NAME
     python dqn_atari.py --play runs/NAME/best.pt --render
 
-The defaults were not run to their end. With the network of 2013, three-step returns and other schedules (the command is
-in the README), seed 1: the mean score of the last 100 training games passes 69.9 at 952,000 transitions, after 52
-minutes on two cores, and is 70.7 at a million; over 30 games the final network scores 80.5 on average.
-
-Is my run healthy?       at 10 %    at 50 %    at 100 %     of that Breakout run
-    training return      1.2        31         71           (mean of the last 100 games; a random player: about 1.3)
-    evaluation           1.6        41         85           (of 5 games: noisy)
-    loss                 0.003      0.027      0.018        (medians of the 50,000 transitions before; with spikes)
-    mean Q(s, a)         0.25       1.6        2.5          (the same)
+@ATARIMEASURED@
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. train/episode_length is in frames: four per transition, and those of no-ops and FIRE. A memory of a million
@@ -50,12 +43,13 @@ action 1 is FIRE, actions 1 and 2: in training that spares the agent the screen 
 have learned to press it for an evaluation. train/episode_return is of whole games all the same, unclipped.
 
 Differences from the paper: Adam, whose learning rate falls from 2e-4 to 0, instead of RMSProp; three-step returns
-(Hessel et al., "Rainbow", AAAI 2018), which carry a reward back three times as fast; He's first weights; a gradient step
-every 6 actions instead of 4, so that more is played in an hour; target copies every 667 gradient steps instead of 10,000; 10 million
-transitions instead of 50, epsilon down to 0.01 after 250,000 (and 0.01 in evaluations, of whole games, not 0.05 and 5
-minutes), learning from 20,000 on instead of 50,000; FIRE pressed for the agent, several games side by side, a bootstrap
-where a game runs out of time. As there: no-op starts, 4 frames per action, the maximum of the last two, one life per
-episode, rewards -1, 0, 1, the TD error clipped (Huber loss). No double or dueling networks, no prioritised replay.
+(Hessel et al., "Rainbow", AAAI 2018), which carry a reward back three times as fast; He's first weights; a gradient
+step every 6 actions instead of 4, so that more is played in an hour; target copies every 667 gradient steps instead of
+10,000; 10 million transitions instead of 50, epsilon down to 0.01 after 250,000 (and 0.01 in evaluations, of whole
+games, not 0.05 and 5 minutes), learning from 20,000 on instead of 50,000; FIRE pressed for the agent, several games
+side by side, a bootstrap where a game runs out of time. As there: no-op starts, 4 frames per action, the maximum of the
+last two, one life per episode, rewards -1, 0, 1, the TD error clipped (Huber loss). No double or dueling networks, no
+prioritised replay.
 
 Differences from dqn_cartpole.py, by section. Environment: AtariGame, push_frames. Network: convolutions, bfloat16, a
 choice of first weights. Replay memory: frames, n-step returns. Training: stacks of frames; refilling the memory after a

@@ -36,7 +36,8 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians; lowest and
 
 Differences from the paper: as in its authors' code (openai/baselines, ppo2), orthogonal initial weights, advantages
 normalised in each minibatch, half the value loss and a clipped gradient (that code clips the value loss too). Learning
-rate and clip range fall to 0, as in the paper's Atari games. Where only time ran out, the target bootstraps.
+rate and clip range fall to 0, as in the paper's Atari games. Where only time ran out, the target bootstraps. Continuous
+actions come from a Gaussian whose standard deviations are learned, the same in every state.
 """
 
 import argparse

@@ -31,39 +31,64 @@ import speed
 import table
 import vec_env_cost
 
-README = (ROOT / "README.md").read_text()
+README, RESULTS_PAGE, PERFORMANCE = (
+    (ROOT / name).read_text() for name in ("README.md", "docs/results.md", "docs/performance.md")
+)
 READMES = [README, (ROOT / "README.zh-CN.md").read_text()]
 RESULTS = sorted(path.parent.name for path in (ROOT / "benchmarks" / "results").glob("*/summary.csv"))
-OF_TEN_SEEDS = ["dqn_cartpole", "dqn_cartpole_11_20", "dqn_vecenv", "ppo_cartpole", "ppo_cartpole_11_20"]
-OF_TEN_SEEDS += ["dqn_lstm_cartpole", "dqn_lstm_cartpole_1_3"]
+PAGES = [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")]
 OTHERS = [
-    *("dqn_vecenv_dummy", "dqn_vecenv_envpool", "dqn_lstm_cartpole_memory_none", "dqn_lstm_cartpole_hide_none"),
-    *("dqn_lstm_cartpole_hide_none_11_16", "dqn_lstm_cartpole_hide_none_eps_1e-4"),
-    *("dqn_lstm_cartpole_hide_none_eps_1e-5", "dqn_lstm_cartpole_eps_1e-4", "dqn_lstm_cartpole_eps_1e-3"),
+    *("dqn_cartpole", "dqn_vecenv", "ppo_cartpole", "dqn_lstm_cartpole_1_3", "dqn_lstm_cartpole"),
+    *("dqn_lstm_cartpole_memory_none", "dqn_lstm_cartpole_hide_none", "dqn_lstm_cartpole_hide_none_11_16"),
+    *("dqn_lstm_cartpole_hide_none_eps_1e-4", "dqn_lstm_cartpole_hide_none_eps_1e-5"),
+    *("dqn_lstm_cartpole_eps_1e-4", "dqn_lstm_cartpole_eps_1e-3"),
+    *("ppo_reacher", "ppo_pusher", "ppo_pendulum"),
 ]
 TABLES = {
-    "seeds": lambda: table.table("dqn_cartpole"),
-    **{name: partial(table.row_of, name) for name in OF_TEN_SEEDS + OTHERS},
-    "settings": lambda: table.settings("dqn_lstm_cartpole_set"),
-    "costs": vec_env_cost.table,
-    "ratios": speed.table,
+    "seeds": (RESULTS_PAGE, lambda: table.table("dqn_cartpole")),
+    **{name: (RESULTS_PAGE, partial(table.row_of, name)) for name in OTHERS},
+    **{
+        f"rate of {name}": (RESULTS_PAGE, partial(table.rates_of, name))
+        for name in ("dqn_cartpole", "dqn_vecenv", "ppo_cartpole")
+    },
+    "settings": (RESULTS_PAGE, lambda: table.settings("dqn_lstm_cartpole_set")),
+    "costs": (PERFORMANCE, vec_env_cost.table),
+    "ratios": (PERFORMANCE, speed.table),
 }
 
-each_readme = pytest.mark.parametrize("readme", READMES, ids=["en", "zh"])
+
+@pytest.mark.parametrize("page, make_table", TABLES.values(), ids=TABLES)
+def test_a_table_is_that_of_the_raw_data(page, make_table):
+    assert make_table() in page
 
 
-@each_readme
-@pytest.mark.parametrize("make_table", TABLES.values(), ids=TABLES)
-def test_a_table_is_that_of_the_raw_data(make_table, readme):
-    assert make_table() in readme
-
-
-def test_both_readmes_show_the_same_commands_and_pictures():
-    commands, shown = (
-        [re.findall(pattern, readme) for readme in READMES]
+@pytest.mark.parametrize("name", ["README", "docs/tour", "docs/own_environment"])
+def test_both_languages_show_the_same_commands_and_pictures(name):
+    pages = [(ROOT / f"{name}{language}.md").read_text() for language in ("", ".zh-CN")]
+    blocks, pictures = (
+        [re.findall(pattern, page) for page in pages]
         for pattern in (r"(?ms)^```\w+\n.*?^```$", r"!\[[^\]]*\]\(([^)]+)\)")
     )
-    assert commands[0] == commands[1] and shown[0] == shown[1]
+    assert blocks[0] and blocks[0] == blocks[1] and pictures[0] == pictures[1]
+    assert [bool(re.search(r"zh-CN", page.splitlines()[0])) for page in pages] == [True, False]
+
+
+def test_the_readmes_stay_short():
+    assert max(len(readme.splitlines()) for readme in READMES) <= 220
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    text = re.sub(r"(?ms)^```.*?^```$", "", path.read_text())
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        if not file.startswith("http"):
+            found = path.parent / file if file else path
+            assert found.exists(), target
+            if anchor:
+                headings = re.findall(r"(?m)^#+ (.*)$", found.read_text())
+                anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                assert anchor in anchors, target
 
 
 def test_a_table_of_nothing_is_refused():
@@ -403,7 +428,7 @@ def test_the_citation_file_says_what_the_format_asks_for():
     assert fields["message"] and (ROOT / "LICENSE").read_text().startswith(f"{fields['license']} License")
     assert datetime.date.fromisoformat(fields["date-released"]) == datetime.date(2026, 11, 20)
     assert '\nauthors:\n  - name: "The authors of deep-rl-single-files"\n' in text
-    assert (ROOT / "README.md").read_text().startswith(f"# {fields['title']}\n")
+    assert f"\n# {fields['title']}\n" in README
     assert "http" not in text and "\t" not in text
 
 

@@ -124,7 +124,7 @@ def commands(path):
     return [(script, shlex.split(arguments)) for script, arguments in found]
 
 
-SOURCES = [*SCRIPTS, *([README] if README.exists() else [])]
+SOURCES = [*SCRIPTS, README, *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = [(source, *command) for source in SOURCES for command in commands(source)]
 
 
