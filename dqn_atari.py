@@ -31,7 +31,15 @@ other environment whose observation is one 84x84 grey frame is learned too (docs
     python dqn_atari.py --resume runs/NAME
     python dqn_atari.py --play runs/NAME/best.pt --render
 
-@ATARIMEASURED@
+Breakout, seed 1, with --init torch and else the defaults: the mean score of the last 100 training games is 23.6 at
+250,000 transitions and 50.7 at 500,000, half an hour at the 290 transitions a second of two cores without a GPU. The
+defaults were not run to their 10 million. On Pong --init torch leaves the network with dead ReLUs; --init he does not.
+
+Is my run healthy?       at 50,000  250,000    500,000     transitions of that run
+    training return      1.1        24         51          (mean of the last 100 games; a random player: about 1.3)
+    evaluation           -          23         61          (of 5 games: noisy)
+    loss                 0.002      0.020      0.035       (medians of the 50,000 transitions before; with spikes)
+    mean Q(s, a)         0.15       1.1        2.0         (the same)
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. train/episode_length is in frames: four per transition, and those of no-ops and FIRE. A memory of a million

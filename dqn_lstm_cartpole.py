@@ -181,7 +181,7 @@ class VectorEnv(gym.Wrapper):
         space, actions = env.observation_space, env.action_space
         picture = isinstance(space, gym.spaces.Box) and len(space.shape) > (1 if space.dtype == np.uint8 else 2)
         if picture or not space.is_np_flattenable or not isinstance(actions, gym.spaces.Discrete):
-            needs = "this script needs vectors and discrete actions (dqn_atari.py learns from pictures)"
+            needs = "this script needs vectors, discrete actions (pictures: dqn_atari.py; continuous: ppo_cartpole.py)"
             raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; {needs}")
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(space),), np.float32)
         self.action_space = gym.spaces.Discrete(int(actions.n))

@@ -147,7 +147,7 @@ class VectorEnv(gym.Wrapper):
         picture = isinstance(space, gym.spaces.Box) and len(space.shape) > (1 if space.dtype == np.uint8 else 2)
         continuous = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
         if picture or not space.is_np_flattenable or not (continuous or isinstance(actions, gym.spaces.Discrete)):
-            needs = "this script needs vectors, and Discrete or 1-D Box actions (dqn_atari.py learns from pictures)"
+            needs = "this script needs vectors, Discrete or 1-D Box actions (pictures: dqn_atari.py)"
             raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; {needs}")
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(space),), np.float32)
         self.action_space = actions if continuous else gym.spaces.Discrete(int(actions.n))

@@ -1,6 +1,7 @@
 """dqn_vecenv.py: what each kind of vector environment feeds to the memory, and what happens when a worker fails."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import pickle
@@ -20,6 +21,7 @@ import toy_envs
 from conftest import ROOT, checkpoint_of, environment, small, train, words
 from test_dqn import assert_memory_holds_what_happened, learned_value
 
+import dqn_cartpole
 import dqn_vecenv as dqn
 
 ENVPOOL = [
@@ -303,6 +305,16 @@ def test_the_readme_shows_that_environment():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (shown,) = (block for block in blocks if "class Corridor" in block)
     assert shown.strip() in (ROOT / "tests" / "corridor.py").read_text()
+
+
+def test_it_learns_the_same_as_dqn_cartpole_to_the_bit(tmp_path):
+    train("dqn_cartpole", tmp_path / "one", vec_env="dummy")
+    train("dqn_vecenv", tmp_path / "many", vec_env="subproc")
+    one, many = (checkpoint_of(tmp_path / name) for name in ("one", "many"))
+    assert one["counts"] == many["counts"] and one["record"]["returns"] == many["record"]["returns"]
+    assert all(torch.equal(one["network"][name], many["network"][name]) for name in one["network"])
+    defaults = [dataclasses.asdict(script.Args()) | {"vec_env": ""} for script in (dqn_cartpole, dqn)]
+    assert defaults[0] == defaults[1]
 
 
 # --- Workers, and those that fail ---

@@ -7,7 +7,7 @@ import numpy as np
 class NineTorques(gym.ActionWrapper):
     """Action 3 * i + j: the torque size * (i - 1) at the first joint, size * (j - 1) at the second; 4 does nothing."""
 
-    size = 0.1  # of the 1.0 that is allowed: the reward pays the squares of both torques at every step
+    size = 0.1  # of the 1.0 that is allowed: every step costs the squares of both torques
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
