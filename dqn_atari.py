@@ -42,7 +42,7 @@ Is my run healthy?       at 50,000  250,000    500,000     transitions of that r
     mean Q(s, a)         0.15       1.1        2.0         (the same)
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
-of play. train/episode_length is in frames: four per transition, and those of no-ops and FIRE. A memory of a million
+of play. An Atari game's train/episode_length is in frames, with those of no-ops and FIRE. A memory of a million
 transitions takes 7 GB, each game's process 16 MB. A resumed run plays --learning-starts transitions before it learns
 on, unless --checkpoint-memory wrote the memory.
 
@@ -62,7 +62,7 @@ prioritised replay.
 Differences from dqn_cartpole.py, by section. Environment: AtariGame, push_frames. Network: convolutions, bfloat16, a
 choice of first weights. Replay memory: frames, n-step returns. Training: stacks of frames; refilling the memory after a
 resume; CUDA where there is one, else all cores. Evaluation: whole games, raw score, at --eval-epsilon. On a CPU the
-same seed gives the same parameters with the same versions and number of threads.
+same seed gives the same parameters with the same versions, kind of processor and number of threads.
 """
 
 import argparse
@@ -132,7 +132,7 @@ class Args:
     learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
     optimizer_eps: Positive = 1e-8  # added to what Adam divides by
     loss: Literal["mse", "huber"] = "huber"  # of the TD error: its square, or linear beyond 1
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 where the processor has instructions for it
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 where the CPU has instructions for it
 
     # environment
     env_id: str = "BreakoutNoFrameskip-v4"  # or ALE/{Game}-v5: sticky actions; or module:Env-v0 with frames of your own
@@ -289,13 +289,17 @@ class PixelEnv(gym.Wrapper):
         super().__init__(env)
         self.clip = clip  # a reward is its sign
         space, actions = env.observation_space, env.action_space
-        if (space.shape, space.dtype) != ((84, 84), np.uint8) or not isinstance(actions, gym.spaces.Discrete):
+        discrete = isinstance(actions, gym.spaces.Discrete) and actions.n <= 256  # the memory keeps actions in a byte
+        if (space.shape, space.dtype) != ((84, 84), np.uint8) or not discrete:
             needs = "(84, 84) uint8 frames (Gymnasium has ResizeObservation, GrayscaleObservation), discrete actions"
             raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; this script needs {needs}")
         self.action_space = gym.spaces.Discrete(int(actions.n))
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.score, self.length = 0.0, 0
+        if seed is not None:  # reset does not seed the spaces, from which some environments draw
+            self.env.observation_space.seed(seed)
+            self.env.action_space.seed(seed)
         return np.array(self.env.reset(seed=seed, options=options)[0]), {}
 
     def step(self, action: int):
@@ -306,9 +310,9 @@ class PixelEnv(gym.Wrapper):
 
 
 def make_env(args: Args, evaluation: bool = False, render_mode: str | None = None, video_dir: Path | None = None):
-    """Return one game whose observation is one frame, (84, 84) uint8; in training the reward is its sign.
+    """Return one game whose observation is one frame, (84, 84) uint8; args.clip_rewards is for training only.
 
-    The frame skip of an Atari id goes. Sticky actions stay: ALE/*-v5 repeats the last action a quarter of the time.
+    An Atari id loses its frame skip. Its sticky actions stay: ALE/*-v5 repeats the last action a quarter of the time.
     """
     cv2.setNumThreads(1)  # OpenCV would start a thread per core in every worker
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from each of them
@@ -317,7 +321,7 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
         module, _, env_id = args.env_id.rpartition(":")
         if module:
             importlib.import_module(module)
-        atari, options = "AtariEnv" in str(gym.spec(env_id).entry_point), {"max_episode_steps": time_limit}
+        atari, options = str(gym.spec(env_id).entry_point).startswith("ale_py"), {"max_episode_steps": time_limit}
         if atari:
             limit = {} if time_limit is None else {"max_num_frames_per_episode": max(0, 4 * time_limit)}  # 0: no limit
             options = {"disable_env_checker": True, **limit}
@@ -667,7 +671,7 @@ def train(args: Args) -> dict:
         # Store. Only termination masks the bootstrap: where time ran out (truncated), rewards would have followed.
         truncated = np.array([info["TimeLimit.truncated"] for info in infos])
         terminated = dones & ~truncated
-        run.check(global_step, loss=loss)
+        run.check(global_step, reward=rewards, loss=loss)
         memory.add(actions, rewards, next_frames, terminated, dones, frames)
         push_frames(stacks, frames, ended=dones)
         run.log_episodes(global_step, infos)  # of whole games, with their raw scores
@@ -730,7 +734,7 @@ def check_args(args):
         if type(value) in (int, float):
             require(args, name, low <= value <= high, f"give a number from {low} to {high}")
     require(args, "time_limit", args.time_limit != 0, "give a number of steps, or -1 for no limit")
-    alone = not args.resume or {args.play, args.run_dir} <= {"", args.resume}
+    alone = not args.resume or (not args.play and args.run_dir in ("", args.resume))
     require(args, "resume", alone, "give it without --play and --run-dir")
     require(args, "track", args.track == "none" or importlib.util.find_spec(args.track), "pip install it first")
     screen = sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}

@@ -458,7 +458,7 @@ def check_args(args):
         if type(value) in (int, float):
             require(args, name, low <= value <= high, f"give a number from {low} to {high}")
     require(args, "time_limit", args.time_limit != 0, "give a number of steps, or -1 for no limit")
-    alone = not args.resume or {args.play, args.run_dir} <= {"", args.resume}
+    alone = not args.resume or (not args.play and args.run_dir in ("", args.resume))
     require(args, "resume", alone, "give it without --play and --run-dir")
     require(args, "track", args.track == "none" or importlib.util.find_spec(args.track), "pip install it first")
     screen = sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}

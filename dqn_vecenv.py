@@ -62,6 +62,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -293,9 +294,15 @@ class RayVecEnv:
         env = make_env(args)
         self.observation_space, self.action_space = env.observation_space, env.action_space
         env.close()
-        if not ray.is_initialized():  # the nodes of a cluster get this folder's modules; on this machine they are there
-            modules = {"working_dir": ".", "excludes": ["runs"]} if "RAY_ADDRESS" in os.environ else {}
-            ray.init(runtime_env=modules, log_to_driver=False)
+        if not ray.is_initialized():  # the nodes of a cluster get the current folder's modules; here they are at hand
+            address, handler = os.environ.get("RAY_ADDRESS", "local"), signal.getsignal(signal.SIGTERM)
+            modules = {} if address == "local" else {"working_dir": ".", "excludes": ["runs"]}
+            try:
+                ray.init(address, runtime_env=modules, log_to_driver=False)
+            except ConnectionError as error:
+                raise UsageError(f"--vec-env ray: RAY_ADDRESS {address}: {error}") from None
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # ray.init has set its own, which would end a run unsaved
         actor, self.get, self.kill = ray.remote(scheduling_strategy="SPREAD")(DummyVecEnv), ray.get, ray.kill
         self.actors = [actor.remote([partial(make_worker_env, args, index)]) for index in range(args.num_envs)]
 
@@ -557,7 +564,7 @@ def check_args(args):
         if type(value) in (int, float):
             require(args, name, low <= value <= high, f"give a number from {low} to {high}")
     require(args, "time_limit", args.time_limit != 0, "give a number of steps, or -1 for no limit")
-    alone = not args.resume or {args.play, args.run_dir} <= {"", args.resume}
+    alone = not args.resume or (not args.play and args.run_dir in ("", args.resume))
     require(args, "resume", alone, "give it without --play and --run-dir")
     require(args, "track", args.track == "none" or importlib.util.find_spec(args.track), "pip install it first")
     screen = sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}

@@ -145,7 +145,7 @@ class VectorEnv(gym.Wrapper):
         super().__init__(env)
         space, actions = env.observation_space, env.action_space
         picture = isinstance(space, gym.spaces.Box) and len(space.shape) > (1 if space.dtype == np.uint8 else 2)
-        continuous = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1
+        continuous = isinstance(actions, gym.spaces.Box) and len(actions.shape) == 1 and actions.dtype.kind == "f"
         if picture or not space.is_np_flattenable or not (continuous or isinstance(actions, gym.spaces.Discrete)):
             needs = "this script needs vectors, Discrete or 1-D Box actions (pictures: dqn_atari.py)"
             raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; {needs}")
@@ -162,7 +162,7 @@ class VectorEnv(gym.Wrapper):
         space = self.env.action_space
         if isinstance(space, gym.spaces.Discrete):
             action = np.int64(action) + space.start
-        else:  # only here: the gradient needs the action that was drawn
+        else:  # clipped only here, not in the rollout: the gradient needs the action that was drawn
             action = np.clip(action, space.low, space.high).astype(space.dtype)
         obs, reward, terminated, truncated, _ = self.env.step(action)
         return self.vector(obs), float(reward), bool(terminated), bool(truncated), {}
@@ -243,7 +243,7 @@ class ActorCritic(nn.Module):
         d, h, n = observation_space.shape[0], args.hidden_size, gym.spaces.flatdim(action_space)  # n: A
         self.actor = nn.Sequential(nn.Linear(d, h), nn.Tanh(), nn.Linear(h, h), nn.Tanh(), nn.Linear(h, n))
         self.critic = nn.Sequential(nn.Linear(d, h), nn.Tanh(), nn.Linear(h, h), nn.Tanh(), nn.Linear(h, 1))
-        gains = (2**0.5, 2**0.5, 0.01, 2**0.5, 2**0.5, 1.0)  # 0.01: the policy starts almost uniform
+        gains = (2**0.5, 2**0.5, 0.01, 2**0.5, 2**0.5, 1.0)  # 0.01: the policy starts almost the same in all states
         for layer, gain in zip([*self.actor[::2], *self.critic[::2]], gains, strict=True):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
@@ -475,7 +475,7 @@ def check_args(args):
         if type(value) in (int, float):
             require(args, name, low <= value <= high, f"give a number from {low} to {high}")
     require(args, "time_limit", args.time_limit != 0, "give a number of steps, or -1 for no limit")
-    alone = not args.resume or {args.play, args.run_dir} <= {"", args.resume}
+    alone = not args.resume or (not args.play and args.run_dir in ("", args.resume))
     require(args, "resume", alone, "give it without --play and --run-dir")
     require(args, "track", args.track == "none" or importlib.util.find_spec(args.track), "pip install it first")
     screen = sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}

@@ -65,7 +65,7 @@ TASKS = {
         60_000,
         # Two layers of 100 have as many weights as CleanRL's of 120 and 84.
         {"float32": "dqn_cartpole.py --train-frequency 10 --target-frequency 500 --tau 1 --batch-size 128 "
-         "--buffer-size 10000 --learning-starts 10000 --hidden-size 100 --learning-rate 2.5e-4"},
+         "--buffer-size 10000 --learning-starts 10000 --hidden-size 100 --learning-rate 2.5e-4 --num-envs 16"},
         {"algorithm": "DQN", "env_id": "CartPole-v1", "train_freq": 10, "batch_size": 128, "buffer_size": 10_000,
          "learning_starts": 10_000, "target_update_interval": 500, "learning_rate": 2.5e-4,
          "policy_kwargs": {"net_arch": [100, 100]}},

@@ -9,9 +9,11 @@ import cv2
 import gymnasium as gym
 import numpy as np
 import pytest
+import toy_envs
 from stable_baselines3.common.atari_wrappers import AtariWrapper
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
 
+import dqn_atari
 from dqn_atari import AtariGame, make_env, make_worker_env, push_frames
 
 
@@ -255,6 +257,14 @@ def test_frames_of_another_environment_are_its_own_and_its_rewards_are_raw_or_si
         assert [signs[4], raw[4], evaluated[4]] == infos
         assert signs[2] == (step == 8)
     assert np.array_equal(first[0], kept) and len(np.unique(kept)) == 2  # the environment has drawn over its array
+
+
+def test_more_actions_than_a_byte_holds_are_refused():
+    env = toy_envs.Squares()
+    env.action_space = gym.spaces.Discrete(257)
+    env.spec = gym.spec("Squares-v0")
+    with pytest.raises(ValueError, match="discrete actions"):
+        dqn_atari.PixelEnv(env, clip=True)
 
 
 def test_an_evaluation_of_an_environment_without_a_limit_ends():

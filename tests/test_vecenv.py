@@ -99,8 +99,11 @@ class FakeRay:
     def is_initialized(self):
         return False
 
-    def init(self, runtime_env, log_to_driver):
-        self.runtime_env = runtime_env
+    def init(self, address, runtime_env, log_to_driver):
+        if address.endswith(":1"):
+            raise ConnectionError("nobody there")
+        self.address, self.runtime_env = address, runtime_env
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Ray does
 
     def remote(self, scheduling_strategy):
         assert scheduling_strategy == "SPREAD"
@@ -213,10 +216,23 @@ def test_it_answers_as_sb3_does(backend, fake_envpool, fake_ray):
 
 def test_actors_of_ray_end_with_the_run_and_get_the_folder_only_on_a_cluster(run, fake_ray, monkeypatch):
     run(vec_env="ray", num_envs=3)
-    assert (fake_ray.killed, fake_ray.runtime_env) == (3, {})
+    assert (fake_ray.killed, fake_ray.address, fake_ray.runtime_env) == (3, "local", {})
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.7:6379")
     dqn.RayVecEnv(dqn.Args(vec_env="ray"))
+    assert fake_ray.address == "192.0.2.7:6379"
     assert fake_ray.runtime_env["working_dir"] == "." and "runs" in fake_ray.runtime_env["excludes"]
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.7:1")
+    with pytest.raises(ValueError, match="nobody there"):
+        dqn.RayVecEnv(dqn.Args(vec_env="ray"))
+
+
+def test_ray_leaves_the_handler_that_saves_the_run(fake_ray, monkeypatch):
+    before = signal.signal(signal.SIGTERM, saves := lambda *_: None)
+    try:
+        dqn.RayVecEnv(dqn.Args(vec_env="ray"))
+        assert signal.getsignal(signal.SIGTERM) is saves
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_the_real_ray_plays_as_sb3_does_and_a_dead_actor_ends_the_run(tmp_path, monkeypatch):
