@@ -83,6 +83,15 @@ def rates_of(name: str) -> str:
     )
 
 
+def finals_of(name: str) -> str:
+    """Return one row of a Markdown table, with each seed's final return: under FINALS."""
+    with open(RESULTS / name / "summary.csv") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: int(row["seed"]))
+    finals = [float(row["final_return_mean"]) for row in rows]
+    each = ", ".join(f"{final:.1f}" for final in finals)
+    return f"| [`{name}`](../benchmarks/results/{name}) | {each} | {sum(finals) / len(finals):.1f} |"
+
+
 def settings(name: str) -> str:
     """Return a Markdown table of the sets of runs whose names start with this: flags, and each seed's final return."""
     lines = ["| flags | final network, each seed | mean |", "|---|---:|---:|"]
@@ -101,6 +110,8 @@ def settings(name: str) -> str:
 
 HEAD = """| runs | seeds | final at 500.0 | lowest final | at 475 or more | never below in the last fifth | seconds |
 |---|---:|---:|---:|---:|---:|---:|"""
+FINALS = """| runs | final network, each seed | mean |
+|---|---:|---:|"""
 RATES = """| runs | final at 500.0 | 95 % interval of that rate | mean final | its 95 % interval |
 |---|---:|---:|---:|---:|"""
 

@@ -42,7 +42,6 @@ OTHERS = [
     *("dqn_lstm_cartpole_memory_none", "dqn_lstm_cartpole_hide_none", "dqn_lstm_cartpole_hide_none_11_16"),
     *("dqn_lstm_cartpole_hide_none_eps_1e-4", "dqn_lstm_cartpole_hide_none_eps_1e-5"),
     *("dqn_lstm_cartpole_eps_1e-4", "dqn_lstm_cartpole_eps_1e-3"),
-    *("ppo_reacher", "ppo_pusher", "ppo_pendulum"),
 ]
 TABLES = {
     "seeds": (RESULTS_PAGE, lambda: table.table("dqn_cartpole")),
@@ -51,6 +50,7 @@ TABLES = {
         f"rate of {name}": (RESULTS_PAGE, partial(table.rates_of, name))
         for name in ("dqn_cartpole", "dqn_vecenv", "ppo_cartpole")
     },
+    **{name: (RESULTS_PAGE, partial(table.finals_of, name)) for name in ("ppo_reacher", "ppo_pusher", "ppo_pendulum")},
     "settings": (RESULTS_PAGE, lambda: table.settings("dqn_lstm_cartpole_set")),
     "costs": (PERFORMANCE, vec_env_cost.table),
     "ratios": (PERFORMANCE, speed.table),
