@@ -564,8 +564,8 @@ def check_args(args):
         if type(value) in (int, float):
             require(args, name, low <= value <= high, f"give a number from {low} to {high}")
     require(args, "time_limit", args.time_limit != 0, "give a number of steps, or -1 for no limit")
-    alone = not args.resume or (not args.play and args.run_dir in ("", args.resume))
-    require(args, "resume", alone, "give it without --play and --run-dir")
+    other = args.play or args.run_dir not in ("", args.resume)
+    require(args, "resume", not (args.resume and other), "give it without --play and --run-dir")
     require(args, "track", args.track == "none" or importlib.util.find_spec(args.track), "pip install it first")
     screen = sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
     require(args, "render", not args.render or (args.play and screen), "needs --play CHECKPOINT and a screen")
@@ -708,14 +708,9 @@ class Run:
         if (self.dir / "best.pt").exists():
             load_checkpoint(self.dir / "best.pt", network=best_network)
         final, best = (evaluate(args, n, args.final_eval_episodes, seed) for n in (self.network, best_network))
-        result = {
-            **self.counts,
-            "seconds": seconds,
-            **{f"final_return_{name}": float(getattr(final, name)()) for name in ("mean", "min", "std")},
-            "best_return_mean": float(best.mean()),
-            "evaluations": self.record["evaluations"],  # [global_step, mean return, seconds of training]
-            "run_dir": str(self.dir),
-        }
+        result = {**self.counts, "seconds": seconds, "best_return_mean": float(best.mean()), "run_dir": str(self.dir)}
+        result |= {f"final_return_{name}": float(getattr(final, name)()) for name in ("mean", "min", "std")}
+        result["evaluations"] = self.record["evaluations"]  # [global_step, mean return, seconds of training]
         print(f"final network: {final.mean():.1f}, best network: {best.mean():.1f}; {seconds:.1f} s of training")
         if args.video:
             evaluate(args, best_network, 1, seed, render_mode="rgb_array", video_dir=self.dir / "videos")

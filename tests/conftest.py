@@ -18,7 +18,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 assert SCRIPTS, f"no script in {ROOT}: every test below would pass for want of one"
 
 # The scripts are imported by name, so that worker processes can import them too.
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "docs" / "examples")]
 
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws without a screen
 os.environ.setdefault("SDL_AUDIODRIVER", "dummy")

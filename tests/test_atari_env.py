@@ -267,6 +267,16 @@ def test_more_actions_than_a_byte_holds_are_refused():
         dqn_atari.PixelEnv(env, clip=True)
 
 
+def test_frames_of_another_environment_take_a_time_limit_and_a_seed_for_their_spaces():
+    env, drawn = make_env(arguments("toy_envs:EndlessSquares-v0", time_limit=3)), []
+    for _ in range(2):
+        env.reset(seed=5)
+        drawn.append([env.unwrapped.action_space.sample() for _ in range(20)])
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 2
+    ends = [env.step(0)[3:] for _ in range(3)]
+    assert [truncated for truncated, _ in ends] == [False, False, True] and ends[2][1]["episode"]["l"] == 3
+
+
 def test_an_evaluation_of_an_environment_without_a_limit_ends():
     env, info = make_env(arguments("toy_envs:EndlessSquares-v0"), evaluation=True), {}
     env.reset(seed=0)

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import toy_envs
 from conftest import ROOT
 
 import dqn_atari
@@ -28,6 +30,14 @@ def test_it_learns_from_frames_that_are_no_atari_game(tmp_path):
     flags |= {"gamma": 0.0, "exploration_steps": 600, "batch_size": 16, "eval_epsilon": 0.0, "final_eval_episodes": 6}
     result = run(tmp_path, env_id="toy_envs:Squares-v0", **flags | {"time_limit": None})
     assert result["final_return_mean"] == 56  # 8 steps of 7: whole episodes, raw rewards; at random: 24
+
+
+def test_a_reward_that_is_no_number_ends_the_run_at_its_step(tmp_path, monkeypatch):
+    step = toy_envs.Squares.step
+    spoiled = lambda env, action: (*step(env, action)[:1], math.nan, *step(env, action)[2:])  # noqa: E731
+    monkeypatch.setattr(toy_envs.Squares, "step", spoiled)
+    with pytest.raises(SystemExit, match="reward is not finite at step 2"):
+        run(tmp_path, env_id="toy_envs:Squares-v0")
 
 
 # --- The optimiser, the memory ---

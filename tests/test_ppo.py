@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import toy_envs
 from conftest import checkpoint_of, rows_of
 
 import ppo_cartpole as ppo
@@ -161,6 +162,12 @@ def test_continuous_actions_are_clipped_on_their_way_to_the_environment_only(tmp
     assert torch.cat(judged).abs().max() > 1.5
     network = checkpoint_of(tmp_path / "run")["network"]
     assert network["log_std"].shape == (2,) and network["log_std"].all()  # it was trained
+
+
+def test_numbers_that_are_counted_are_no_continuous_actions(monkeypatch):
+    monkeypatch.setattr(toy_envs.Target, "action_space", ppo.gym.spaces.Box(0, 9, (2,), np.int64))
+    with pytest.raises(ppo.UsageError, match="1-D Box"):
+        ppo.make_env(ppo.Args(env_id="toy_envs:Target-v0"))
 
 
 def test_it_learns_continuous_actions(tmp_path):

@@ -300,6 +300,21 @@ class Payload:
         return os.mkdir, ("executed",)
 
 
+def test_a_checkpoint_says_what_it_lacks(finished, cli, tmp_path):
+    run = finished("dqn_cartpole", tmp_path / "run")
+    whole = checkpoint_of(run)
+    torch.save({name: part for name, part in whole.items() if name not in ("memory", "optimizer")}, run / "last.pt")
+    status, _, err = cli("--resume", run)
+    assert status == 2 and f"{run / 'last.pt'} cannot be used: it holds no memory and no optimizer\n" in err
+
+
+@pytest.mark.parametrize("flag", ["--run-dir", "--play"])
+def test_a_resumed_run_has_one_place_and_is_not_played(flag, finished, cli, tmp_path):
+    run = finished("dqn_cartpole", tmp_path / "run")
+    status, _, err = cli("--resume", run, flag, run / "best.pt")
+    assert status == 2 and "give it without --play and --run-dir" in " ".join(err.split()) and "Traceback" not in err
+
+
 DAMAGE = {
     "code": lambda good: {**good, "network": Payload()},
     "another script": lambda good: {**good, "script": "somebody_elses"},

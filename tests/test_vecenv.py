@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -226,6 +227,12 @@ def test_actors_of_ray_end_with_the_run_and_get_the_folder_only_on_a_cluster(run
         dqn.RayVecEnv(dqn.Args(vec_env="ray"))
 
 
+def test_environments_on_ray_can_be_made_in_a_thread(fake_ray):
+    with ThreadPoolExecutor(1) as pool:  # where Python sets no signal handler; Ray does not try either
+        fake_ray.init = lambda *_, **__: None
+        assert pool.submit(dqn.RayVecEnv, dqn.Args(vec_env="ray")).result().reset().shape == (8, 4)
+
+
 def test_ray_leaves_the_handler_that_saves_the_run(fake_ray, monkeypatch):
     before = signal.signal(signal.SIGTERM, saves := lambda *_: None)
     try:
@@ -322,7 +329,7 @@ def test_an_environment_of_ones_own_is_learned(run):
 def test_the_readme_shows_that_environment():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (shown,) = (block for block in blocks if "class Corridor" in block)
-    assert shown.strip() in (ROOT / "tests" / "corridor.py").read_text()
+    assert shown.strip() in (ROOT / "docs" / "examples" / "corridor.py").read_text()
 
 
 def test_it_learns_the_same_as_dqn_cartpole_to_the_bit(tmp_path):
