@@ -32,7 +32,7 @@ other environment whose observation is one 84x84 grey frame is learned too (docs
     python dqn_atari.py --play runs/NAME/best.pt --render
 
 Breakout, seed 1, with --init torch and else the defaults: the mean score of the last 100 training games is 23.6 at
-250,000 transitions and 50.7 at 500,000, half an hour at the 290 transitions a second of two cores without a GPU. The
+250,000 transitions and 50.7 at 500,000, 33 minutes at the 250 transitions a second of two cores without a GPU. The
 defaults were not run to their 10 million. On Pong --init torch leaves the network with dead ReLUs; --init he does not.
 
 Is my run healthy?       at 50,000  250,000    500,000     transitions of that run
@@ -43,7 +43,7 @@ Is my run healthy?       at 50,000  250,000    500,000     transitions of that r
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. An Atari game's train/episode_length is in frames, with those of no-ops and FIRE. A memory of a million
-transitions takes 7 GB, each game's process 16 MB. A resumed run plays --learning-starts transitions before it learns
+transitions takes 7 GB, each game's process 18 MB. A resumed run plays --learning-starts transitions before it learns
 on, unless --checkpoint-memory wrote the memory.
 
 A training episode is a life; an evaluation plays the whole game. In both the next life begins with one no-op and, where
