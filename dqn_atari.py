@@ -2,24 +2,15 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "ale-py==0.12.1",
-#     "gymnasium==1.4.0",
-#     "moviepy==2.2.1",
-#     "numpy==2.4.6",
-#     "opencv-python-headless==5.0.0.93",
-#     "psutil==7.2.2",
-#     "pygame==2.6.1",
-#     "stable-baselines3==2.9.2",
-#     "tensorboard==2.21.0",
-#     "torch==2.13.0",
-#     "tqdm==4.70.1",
-#     "tyro==1.0.16",
+#     "ale-py==0.12.1", "gymnasium==1.4.0", "moviepy==2.2.1", "numpy==2.4.6", "opencv-python-headless==5.0.0.93",
+#     "psutil==7.2.2", "pygame==2.6.1", "stable-baselines3==2.9.2", "tensorboard==2.21.0", "torch==2.13.0",
+#     "tqdm==4.70.1", "tyro==1.0.16",
 # ]
 # ///
 """DQN on Atari: deep Q-learning from pixels (Mnih et al., Nature 518, 2015).
 
-    y = r + gamma * max_a' Q_target(s', a')    the target; y = r where the life ended
-    L = mean of Huber(y - Q(s, a))             the loss, over a minibatch from the replay memory
+    y = r_1 + gamma * r_2 + ... + gamma^n * max_a' Q_target(s_n, a')    the target; no maximum where the life ended
+    L = mean of Huber(y - Q(s, a))                                      the loss, over a minibatch of the memory
 
 The algorithm of dqn_cartpole.py, which is the script to read first, with what pixels ask for: a preprocessing that
 makes 84x84 grey frames of a game, four of them stacked into an observation, a convolutional network, and a replay
@@ -47,22 +38,21 @@ transitions takes 7 GB, each game's process 18 MB. A resumed run plays --learnin
 on, unless --checkpoint-memory wrote the memory.
 
 A training episode is a life; an evaluation plays the whole game. In both the next life begins with one no-op and, where
-action 1 is FIRE, actions 1 and 2: in training that spares the agent the screen that waits for FIRE, so it would not
-have learned to press it for an evaluation. train/episode_return is of whole games all the same, unclipped.
+action 1 is FIRE, actions 1 and 2: the agent never learns to press FIRE, so the evaluation presses it too.
+train/episode_return is of whole games all the same, unclipped.
 
 Differences from the paper: Adam, whose learning rate falls from 2e-4 to 0, instead of RMSProp; three-step returns
 (Hessel et al., "Rainbow", AAAI 2018), which carry a reward back three times as fast; He's first weights; a gradient
 step every 6 actions instead of 4, so that more is played in an hour; target copies every 667 gradient steps instead of
-10,000; 10 million transitions instead of 50, epsilon down to 0.01 after 250,000 (and 0.01 in evaluations, of whole
-games, not 0.05 and 5 minutes), learning from 20,000 on instead of 50,000; FIRE pressed for the agent, several games
-side by side, a bootstrap where a game runs out of time. As there: no-op starts, 4 frames per action, the maximum of the
-last two, one life per episode, rewards -1, 0, 1, the TD error clipped (Huber loss). No double or dueling networks, no
-prioritised replay.
+10,000; 10 million transitions instead of 50; epsilon down to 0.01 after 250,000 instead of 0.1 after 1 million (and
+0.01 in evaluations, of whole games, not 0.05 and 5 minutes); learning from 20,000 on instead of 50,000; FIRE pressed
+for the agent; several games side by side; a bootstrap where a game runs out of time. As in the paper: no-op starts, 4
+frames per action, the maximum of the last two, one life per episode, rewards -1, 0, 1, the TD error clipped (Huber
+loss). No double or dueling networks, no prioritised replay.
 
-Differences from dqn_cartpole.py, by section. Environment: AtariGame, push_frames. Network: convolutions, bfloat16, a
-choice of first weights. Replay memory: frames, n-step returns. Training: stacks of frames; refilling the memory after a
-resume; CUDA where there is one, else all cores. Evaluation: whole games, raw score, at --eval-epsilon. On a CPU the
-same seed gives the same parameters with the same versions, kind of processor and number of threads.
+Differences from dqn_cartpole.py: AtariGame, PixelEnv and push_frames; a convolutional network; a memory of frames with
+n-step returns, refilled after a resume; CUDA where there is one, else all cores. On a CPU the same seed gives the same
+parameters with the same versions, kind of processor and number of threads.
 """
 
 import argparse
@@ -113,10 +103,9 @@ class Args:
     total_timesteps: Count = 10_000_000  # transitions, summed over the environments; 4 emulator frames each
     learning_starts: Count = 20_000  # transitions before the first gradient step, and before learning on at a resume
     train_frequency: Count = 6  # transitions per gradient step
-    target_frequency: Count = 4_000  # transitions per update of the target network
-    tau: Annotated[float, 1e-6, 1] = 1.0  # how far that update moves it to the online network; 1 makes it a copy
+    target_frequency: Count = 4_000  # transitions per copy of the network into the target network
     gamma: Fraction = 0.99  # discount per step
-    n_step: Annotated[int, 1, 1_000] = 3  # rewards in a target before the bootstrap; actions of old networks count too
+    n_step: Annotated[int, 1, 1_000] = 3  # rewards in a target before the maximum; old actions are not corrected
     buffer_size: Annotated[int | None, 1, 10**9] = None  # transitions in the memory (default: 1,000,000, or what fits)
     batch_size: Count = 32  # transitions per gradient step
     network: Literal["nature", "nips"] = "nature"  # of 2015; or of 2013, a third of the multiplications
@@ -132,7 +121,7 @@ class Args:
     learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
     optimizer_eps: Positive = 1e-8  # added to what Adam divides by
     loss: Literal["mse", "huber"] = "huber"  # of the TD error: its square, or linear beyond 1
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 where the CPU has instructions for it
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a CPU made for it
 
     # environment
     env_id: str = "BreakoutNoFrameskip-v4"  # or ALE/{Game}-v5: sticky actions; or module:Env-v0 with frames of your own
@@ -153,7 +142,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto is CUDA where there is one, else the CPU
     run_dir: str = ""  # where to write the run (default: runs/{env}__{script}__{seed}__{time})
     checkpoint_every: Count = 100_000  # transitions between checkpoints
-    checkpoint_memory: bool = False  # write the replay memory too: 7 GB for a million transitions, twice while writing
+    checkpoint_memory: bool = False  # write the replay memory too: 7 GB per million transitions, 14 while writing
     resume: str = ""  # run directory of a stopped run: go on with it
     play: str = ""  # checkpoint file: evaluate it, without training
     render: bool = False  # with --play: show three games in a window
@@ -174,10 +163,9 @@ def fit_memory(args: Args):
         free = min(free, int(limit.read_text()))
     fitting = int(0.9 * free) // (84 * 84 + 8)  # bytes: a frame, and what else belongs to it; the rest is for all else
     require(args, "buffer_size", (args.buffer_size or 1) <= fitting, f"{fitting:,} transitions fit into free memory")
-    if args.buffer_size is None and fitting >= 1_000_000:
-        args.buffer_size = 1_000_000
-    elif args.buffer_size is None:
-        args.buffer_size = math.ceil(0.9 * fitting)  # not all: it has to fit at a resume too, with a little less free
+    if args.buffer_size is None:  # where not all fits, not all that fits: it has to at a resume too, with less free
+        args.buffer_size = 1_000_000 if fitting >= 1_000_000 else math.ceil(0.9 * fitting)
+    if args.buffer_size < min(fitting, 1_000_000):
         print(f"the replay memory holds {args.buffer_size:,} transitions: 1,000,000 do not fit into free memory")
 
 
@@ -189,7 +177,7 @@ class AtariGame(gym.Wrapper):
 
     The preprocessing of the Nature paper (Mnih et al., 2015, Methods), in one class so that its order can be read. Four
     frames per action: a reward follows its cause after a quarter as many steps, and things move visibly from one
-    observation to the next. For speed it fetches 2 of 4 screens, from the emulator: a wrapper below it sees no steps.
+    observation to the next. Only screens 3 and 4 are fetched, straight from the emulator: a wrapper below has no step.
 
     training=True   an episode is one life
     training=False  an episode is a whole game; step() begins the next life
@@ -227,7 +215,7 @@ class AtariGame(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         """Begin an episode; while training the next life of the same game, unless it is over or a seed is given."""
-        self.game_over |= seed is not None
+        self.game_over = self.game_over or seed is not None
         self._next_episode(seed, options)
         for action in self.start_actions:
             _, terminated, truncated = self._repeat(action)
@@ -325,10 +313,7 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
         if atari:
             limit = {} if time_limit is None else {"max_num_frames_per_episode": max(0, 4 * time_limit)}  # 0: no limit
             options = {"disable_env_checker": True, **limit}
-        env = gym.make(env_id, **options)
-        if render_mode in (env.metadata.get("render_modes") or ()):  # not every environment takes one
-            env.close()
-            env = gym.make(env_id, render_mode=render_mode, **options)
+        env = gym.make(env_id, **options, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
         raise UsageError(f"--env-id {args.env_id}: {error}") from None
     if evaluation and not atari and env.spec.max_episode_steps is None:
@@ -352,7 +337,7 @@ def make_worker_env(args: Args, index: int):
 
 
 def make_envs(args: Args):
-    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, obs_dim), rewards and dones (num_envs,).
+    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,).
 
     A VecEnv resets an environment inside the step that ends its episode. What it then returns is the first observation
     of the next episode; the last one of the ended episode is in infos[i]["terminal_observation"].
@@ -428,9 +413,8 @@ class QNetwork(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        # The only place where pixels are scaled; in place, since a second array of 3.6 MB would cost more than the
-        # division. copy: float pixels would be the caller's own array.
-        pixels = obs.to(self.precision, copy=True).div_(255.0)
+        # The only place where pixels are scaled; in place, since a second array would cost more than the division.
+        pixels = obs.to(self.precision).div_(255.0)
         with torch.autocast(obs.device.type, self.precision, enabled=self.precision != torch.float32):
             features = self.layers(pixels)
         # The head stays in float32: the 8 significant bits of bfloat16 cannot tell one action's Q-value from another's.
@@ -464,7 +448,7 @@ class ReplayMemory:
 
     def __init__(self, buffer_size: int, num_envs: int):
         self.num_envs = num_envs
-        slots = math.ceil(buffer_size / num_envs) + 5  # and the 3 oldest, the newest, one that ended an episode
+        slots = math.ceil(buffer_size / num_envs) + 5  # 5: the 3 oldest, the newest, one that ended an episode
         self.capacity = slots * num_envs
         self.arrays = {
             "frames": np.empty((self.capacity, 84, 84), np.uint8),  # takes physical memory only as it is written
@@ -573,13 +557,6 @@ def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, l
     return loss_function(q_taken, td_target), q_taken
 
 
-@torch.no_grad()
-def update_target(target_network: nn.Module, network: nn.Module, tau: float):
-    """theta_target <- theta_target + tau * (theta - theta_target); tau 1 is a copy."""
-    for target, parameter in zip(target_network.parameters(), network.parameters(), strict=True):
-        target.lerp_(parameter, tau)
-
-
 def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
     """Go from start to end in a straight line over `steps` transitions, then stay."""
     return start + (end - start) * min(t / steps, 1.0)
@@ -611,14 +588,11 @@ def train(args: Args) -> dict:
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, **kept)
     counters = ("global_step", "gradient_steps", "target_syncs")
     global_step, gradient_steps, target_syncs = (run.counts.get(name, 0) for name in counters)  # 0, unless resumed
-    learning_starts = args.learning_starts
-    if gradient_steps > 0:  # resumed: this is the same, unless --train-frequency is another
-        rest = (global_step - learning_starts) % args.train_frequency
-        learning_starts = global_step - gradient_steps * args.train_frequency - rest
+    # A resumed run goes on from where it is, also where its --train-frequency is another.
+    learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
     if args.resume and not args.checkpoint_memory:
-        learning_starts += args.learning_starts if gradient_steps > 0 else global_step  # the memory is empty
+        learning_starts += args.learning_starts if gradient_steps else global_step  # the memory is empty
         tqdm.write(f"no learning until {args.learning_starts:,} transitions have refilled the replay memory")
-    optimizer.param_groups[0]["eps"] = args.optimizer_eps  # of this command line, not of the resumed run's
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     frames = envs.reset()
     memory.begin(frames)
@@ -640,7 +614,7 @@ def train(args: Args) -> dict:
 
         # Learn: one gradient step per train_frequency transitions, however many environments there are.
         learning_rate = linear_schedule(args.learning_rate, args.learning_rate_end, args.total_timesteps, global_step)
-        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # eps: a resume restores the old one
         while gradient_steps < (global_step - learning_starts) // args.train_frequency:
             batch = memory.sample(args.batch_size, args.n_step, args.gamma, device)
             with torch.no_grad():
@@ -654,15 +628,14 @@ def train(args: Args) -> dict:
             # Sync the target each time a multiple of target_frequency is crossed; a step stands for train_frequency.
             seen = gradient_steps * args.train_frequency  # transitions
             if seen // args.target_frequency > (seen - args.train_frequency) // args.target_frequency:
-                update_target(target_network, q_network, args.tau)
+                target_network.load_state_dict(q_network.state_dict())
                 target_syncs += 1
 
             if gradient_steps % 500 == 0:
                 means = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
                 run.log(global_step, "train", **means, epsilon=epsilon, learning_rate=learning_rate)
 
-        # Receive. Where an episode ended, frames holds the first one of the next already; the one that the action led
-        # to is in the info, and the memory gets both.
+        # Receive. Where an episode ended, its frame begins the next one; what the action led to is in the info.
         frames, rewards, dones, infos = envs.step_wait()
         next_frames = frames.copy()
         for i in np.flatnonzero(dones):
@@ -745,11 +718,12 @@ def check_drawing(args):
     """Refuse --video and --render where nothing can be drawn: before the run, not after it."""
     for flag, mode in (("video", "rgb_array"), ("render", "human")):
         if getattr(args, flag):
-            env = make_env(args, render_mode=mode)
-            env.reset(seed=0)
-            drawn = env.render_mode == mode and (mode == "human" or np.ndim(env.render()) == 3)
+            with make_env(args) as env:
+                known = mode in (env.metadata.get("render_modes") or ())
+            with make_env(args, render_mode=mode if known else None) as env:
+                env.reset(seed=0)
+                drawn = env.render_mode == mode and (mode == "human" or np.ndim(env.render()) == 3)
             require(args, flag, drawn, "this environment cannot draw itself")
-            env.close()
 
 
 def save_checkpoint(path: Path, **contents):
@@ -918,7 +892,7 @@ def parse_args():
     default = Args(**{**saved, "resume": "", "play": "", "run_dir": "", "video": False, "track": "none"})
     args = tyro.cli(Args, default=default)
     for name, value in asdict(args).items():
-        if value != getattr(default, name) and name not in ("resume", "play"):
+        if value != getattr(default, name) and name not in ("resume", "play", "render", "video"):
             print(f"--{name.replace('_', '-')} {value} in place of {getattr(default, name)}")
     return args
 

@@ -2,15 +2,8 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "gymnasium==1.4.0",
-#     "moviepy==2.2.1",
-#     "numpy==2.4.6",
-#     "pygame==2.6.1",
-#     "stable-baselines3==2.9.2",
-#     "tensorboard==2.21.0",
-#     "torch==2.13.0",
-#     "tqdm==4.70.1",
-#     "tyro==1.0.16",
+#     "gymnasium==1.4.0", "moviepy==2.2.1", "numpy==2.4.6", "pygame==2.6.1", "stable-baselines3==2.9.2",
+#     "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.16",
 # ]
 # ///
 """DQN on CartPole: deep Q-learning, small and complete (Mnih et al., Nature 518, 2015).
@@ -25,7 +18,7 @@ copy of the network that trails behind it.
 
     python dqn_cartpole.py
     python dqn_cartpole.py --env-id Acrobot-v1 --seed 2 --video
-    python dqn_cartpole.py --resume runs/NAME --total-timesteps 200000
+    python dqn_cartpole.py --resume runs/NAME --total-timesteps 200000    # the learning rate rises again
     python dqn_cartpole.py --play runs/NAME/best.pt --render
 
 Measured with the defaults, seeds 1 to 20: the final network's greedy return over 100 episodes is 500.0 on 19 of 20
@@ -173,12 +166,9 @@ class VectorEnv(gym.Wrapper):
 
 def make_env(args: Args, evaluation: bool = False, render_mode: str | None = None, video_dir: Path | None = None):
     """Return one environment; its info holds {"episode": {"r": return, "l": length}} where an episode ended."""
-    options = {"max_episode_steps": args.time_limit}
+    options = {"render_mode": render_mode} if render_mode else {}  # not every environment takes one
     try:
-        env = gym.make(args.env_id, **options)
-        if render_mode in (env.metadata.get("render_modes") or ()):  # not every environment takes one
-            env.close()
-            env = gym.make(args.env_id, render_mode=render_mode, **options)
+        env = gym.make(args.env_id, max_episode_steps=args.time_limit, **options)
     except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
         raise UsageError(f"--env-id {args.env_id}: {error}") from None
     if evaluation and env.spec.max_episode_steps is None:
@@ -201,7 +191,7 @@ def make_worker_env(args: Args, index: int):
 
 
 def make_envs(args: Args):
-    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, obs_dim), rewards and dones (num_envs,).
+    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,).
 
     A VecEnv resets an environment inside the step that ends its episode. What it then returns is the first observation
     of the next episode; the last one of the ended episode is in infos[i]["terminal_observation"].
@@ -234,13 +224,9 @@ class QNetwork(nn.Module):
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(observation_space.shape[0], args.hidden_size),
-            nn.ReLU(),
-            nn.Linear(args.hidden_size, args.hidden_size),
-            nn.ReLU(),
-            nn.Linear(args.hidden_size, action_space.n),  # no activation: a Q-value can be any number
-        )
+        d, h, n = observation_space.shape[0], args.hidden_size, action_space.n
+        # No activation at the end: a Q-value can be any number.
+        self.layers = nn.Sequential(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, n))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         return self.layers(obs)
@@ -347,11 +333,8 @@ def train(args: Args) -> dict:
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, memory=memory)
     counters = ("global_step", "gradient_steps", "target_syncs")
     global_step, gradient_steps, target_syncs = (run.counts.get(name, 0) for name in counters)  # 0, unless resumed
-    learning_starts = args.learning_starts
-    if gradient_steps > 0:  # resumed: this is the same, unless --train-frequency is another
-        rest = (global_step - learning_starts) % args.train_frequency
-        learning_starts = global_step - gradient_steps * args.train_frequency - rest
-    optimizer.param_groups[0]["eps"] = args.optimizer_eps  # of this command line, not of the resumed run's
+    # A resumed run goes on from where it is, also where its --train-frequency is another.
+    learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     obs = envs.reset()
 
@@ -370,7 +353,7 @@ def train(args: Args) -> dict:
 
         # Learn: one gradient step per train_frequency transitions, however many environments there are.
         learning_rate = linear_schedule(args.learning_rate, args.learning_rate_end, args.total_timesteps, global_step)
-        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # eps: a resume restores the old one
         while gradient_steps < (global_step - learning_starts) // args.train_frequency:
             batch = memory.sample(args.batch_size, device)
             with torch.no_grad():
@@ -391,8 +374,7 @@ def train(args: Args) -> dict:
                 means = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
                 run.log(global_step, "train", **means, epsilon=epsilon, learning_rate=learning_rate)
 
-        # Receive. Where an episode ended, obs is the first observation of the next one already; the one that the action
-        # led to is in the info.
+        # Receive. Where an episode ended, obs begins the next one; what the action led to is in the info.
         last_obs = obs
         obs, rewards, dones, infos = envs.step_wait()
         next_obs = obs.copy()
@@ -469,11 +451,12 @@ def check_drawing(args):
     """Refuse --video and --render where nothing can be drawn: before the run, not after it."""
     for flag, mode in (("video", "rgb_array"), ("render", "human")):
         if getattr(args, flag):
-            env = make_env(args, render_mode=mode)
-            env.reset(seed=0)
-            drawn = env.render_mode == mode and (mode == "human" or np.ndim(env.render()) == 3)
+            with make_env(args) as env:
+                known = mode in (env.metadata.get("render_modes") or ())
+            with make_env(args, render_mode=mode if known else None) as env:
+                env.reset(seed=0)
+                drawn = env.render_mode == mode and (mode == "human" or np.ndim(env.render()) == 3)
             require(args, flag, drawn, "this environment cannot draw itself")
-            env.close()
 
 
 def save_checkpoint(path: Path, **contents):
@@ -642,7 +625,7 @@ def parse_args():
     default = Args(**{**saved, "resume": "", "play": "", "run_dir": "", "video": False, "track": "none"})
     args = tyro.cli(Args, default=default)
     for name, value in asdict(args).items():
-        if value != getattr(default, name) and name not in ("resume", "play"):
+        if value != getattr(default, name) and name not in ("resume", "play", "render", "video"):
             print(f"--{name.replace('_', '-')} {value} in place of {getattr(default, name)}")
     return args
 

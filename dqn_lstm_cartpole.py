@@ -2,21 +2,14 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "gymnasium==1.4.0",
-#     "moviepy==2.2.1",
-#     "numpy==2.4.6",
-#     "pygame==2.6.1",
-#     "stable-baselines3==2.9.2",
-#     "tensorboard==2.21.0",
-#     "torch==2.13.0",
-#     "tqdm==4.70.1",
-#     "tyro==1.0.16",
+#     "gymnasium==1.4.0", "moviepy==2.2.1", "numpy==2.4.6", "pygame==2.6.1", "stable-baselines3==2.9.2",
+#     "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.16",
 # ]
 # ///
 """Recurrent DQN on CartPole: the same DQN with a memory, where one observation does not tell the state.
 
-    y_t = r_t + ... + gamma^(n-1) r_t+n-1 + gamma^n max_a' Q_target(h_t+n, a')    the target; n is --n-step
-    L   = mean of (y_t - Q(h_t, a_t))^2      the loss, over the steps of sequences from the replay memory
+    y_t = r_t + ... + gamma^(n-1) * r_(t+n-1) + gamma^n * max_a' Q_target(h_(t+n), a')    the target; n is --n-step
+    L   = mean of (y_t - Q(h_t, a_t))^2                                 the loss, over sequences of the memory
 
 CartPole shows positions only here (--hide velocity), not which way they move. What was seen and done before tells that,
 so Q depends on h_t, the episode up to step t, which an LSTM reads observation by observation: Hausknecht and Stone,
@@ -49,19 +42,20 @@ falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient step ma
     target network    read     read     Q'(o3)                 Q'(o4)   Q'(o5)   read     from the same state
     TD target                           r3 + gamma max Q'(o4)  r4                         terminated: no bootstrap
 
-1. Both networks read it in order, each with its own weights. An observation holds the action that led there: o1 has a0.
+1. Both networks read it in order, each with its own weights. Each observation includes the action before it, one-hot.
 2. The state before o1 was stored when the agent was there (--initial-state zero: zeros). Today's weights would remember
    something else; the burn-in, which carries no loss and no gradient, brings it closer.
-3. Q(o3, a3) is compared with Q' one position later (n, with n rewards) in the same reading, so with the same history.
-   Were o4 fed to the target network alone, it would remember nothing of o3.
+3. The target of Q(o3, a3) takes Q' one position later (n, with --n-step n), from the same pass over the sequence. Were
+   o4 alone fed to the target network, it would know nothing of o3.
 4. It ends with its episode. Had time run out at o5, the target would be r4 + gamma max Q'(o5). Padding counts nowhere.
-5. Where fewer than 2 steps of the episode precede, o0 stands at position 2, from zeros, and what the burn-in reads is
-   thrown away. Where a full memory has lost the steps before, its oldest stands there, from the state stored then.
+5. Where the episode has fewer than 2 steps before the loss is to begin, it begins at o0, from a state of zeros, and the
+   burn-in is ignored. Where a full memory has lost those steps, it begins at the oldest, from the state stored then.
 
-Differences from the papers: vectors; sequences of 16 steps after 8, not 80 after 40; one learner; a target that moves a
-little at a time; layer normalisation; a learning rate that falls; an average of the weights is evaluated (Polyak and
-Juditsky 1992); a bootstrap where time ran out. No prioritised replay, double or dueling networks, or rescaled values.
-From dqn_cartpole.py: units and the last action in make_env; sequences, unroll, n-step targets; a state per environment.
+Differences from the papers: vectors; sequences of 16 steps after 8, not 80 after 40; no distributed actors; a target
+that moves a little at a time; layer normalisation; a learning rate that falls; an average of the weights is evaluated
+(Polyak and Juditsky 1992); a bootstrap where time ran out. No prioritised replay, double or dueling networks, or
+rescaled values. Differences from dqn_cartpole.py: units and the last action in make_env; sequences, unroll, n-step
+targets, an average of the weights; a state per environment.
 """
 
 import argparse
@@ -90,7 +84,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SCRIPT = "dqn_lstm_cartpole"  # names run directories, and marks checkpoints
+SCRIPT = "dqn_lstm_cartpole"  # in the names of run directories, and in checkpoints
 
 # === Arguments ========================================================================================================
 
@@ -112,7 +106,7 @@ class Args:
     tau: Annotated[float, 1e-6, 1] = 0.02  # how far that update moves it to the online network; 1 makes it a copy
     average_steps: Count = 1_000  # gradient steps over which the evaluated network averages the online one; 1: none
     gamma: Fraction = 0.99  # discount per step
-    n_step: Count = 5  # rewards in a TD target before the bootstrap; fewer near the end of a sequence
+    n_step: Annotated[int, 1, 1_000] = 5  # rewards in a TD target before the bootstrap; fewer at a sequence's end
     buffer_size: Count = 100_000  # transitions in the replay memory
     batch_size: Count = 64  # sequences per gradient step
     sequence_length: Count = 16  # steps of a sequence that carry loss (fewer where the episode ends)
@@ -130,7 +124,7 @@ class Args:
     # optimisation
     learning_rate: Positive = 2e-3  # step size of Adam at the start
     learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
-    optimizer_eps: Annotated[float | None, 1e-12, 1e9] = None  # Adam's epsilon; None: 1e-5, or 1e-3 with --hide none
+    optimizer_eps: Positive = 1e-5  # added to what Adam divides by
     loss: Literal["mse", "huber"] = "mse"  # of the TD error: its square, or linear beyond 1
     max_grad_norm: NonNegative = 10.0  # largest global norm of the gradient; 0: not clipped
 
@@ -159,8 +153,6 @@ class Args:
     track: Literal["none", "swanlab", "wandb"] = "none"  # mirror TensorBoard to a tracker
 
     def __post_init__(self):
-        if self.optimizer_eps is None:
-            self.optimizer_eps = 1e-5 if self.hide == "velocity" else 1e-3
         check_args(self)
         fits = self.num_envs <= self.learning_starts < self.total_timesteps
         require(self, "learning_starts", fits, "give at least --num-envs and less than --total-timesteps")
@@ -205,7 +197,7 @@ class VectorEnv(gym.Wrapper):
 
 
 class CartPoleUnits(gym.ObservationWrapper):
-    """CartPole in units in which a step changes each number by 0.1 to 0.6, or an LSTM learns the velocities slowly."""
+    """CartPole in units in which a step changes each number by 0.1 to 0.6: an LSTM learns the velocities sooner."""
 
     units = np.float32([0.1, 0.5, 0.02, 0.5])  # of x, its velocity, the angle, its velocity
 
@@ -219,7 +211,7 @@ class CartPoleUnits(gym.ObservationWrapper):
 
 
 class LastAction(gym.Wrapper):
-    """Appends the action that led to an observation, one-hot: or its own push would look like the fall of the pole."""
+    """Appends the action that led to an observation, one-hot: so the agent can tell its push from the pole's fall."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -238,12 +230,9 @@ class LastAction(gym.Wrapper):
 
 def make_env(args: Args, evaluation: bool = False, render_mode: str | None = None, video_dir: Path | None = None):
     """Return one environment; its info holds {"episode": {"r": return, "l": length}} where an episode ended."""
-    options = {"max_episode_steps": args.time_limit}
+    options = {"render_mode": render_mode} if render_mode else {}  # not every environment takes one
     try:
-        env = gym.make(args.env_id, **options)
-        if render_mode in (env.metadata.get("render_modes") or ()):  # not every environment takes one
-            env.close()
-            env = gym.make(args.env_id, render_mode=render_mode, **options)
+        env = gym.make(args.env_id, max_episode_steps=args.time_limit, **options)
     except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
         raise UsageError(f"--env-id {args.env_id}: {error}") from None
     if evaluation and env.spec.max_episode_steps is None:
@@ -269,7 +258,7 @@ def make_worker_env(args: Args, index: int):
 
 
 def make_envs(args: Args):
-    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, obs_dim), rewards and dones (num_envs,).
+    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,).
 
     A VecEnv resets an environment inside the step that ends its episode. What it then returns is the first observation
     of the next episode; the last one of the ended episode is in infos[i]["terminal_observation"].
@@ -309,7 +298,7 @@ class QNetwork(nn.Module):
         self.state_shape = (2, args.num_layers, hidden)  # of one sequence
         if args.memory == "lstm":
             self.lstm = nn.LSTM(inputs, hidden, args.num_layers)
-            for layer in range(args.num_layers):  # forget gates that start open: biases of 0 would halve it each step
+            for layer in range(args.num_layers):  # forget gates that start open (0.88, not 0.5)
                 nn.init.constant_(getattr(self.lstm, f"bias_ih_l{layer}")[hidden : 2 * hidden], 2.0)
         else:  # it remembers nothing, and hands the state through
             sizes = [inputs] + [hidden] * (args.num_layers - 1)
@@ -431,7 +420,7 @@ def unroll(network: QNetwork, batch: Batch, burn_in: int) -> torch.Tensor:
 def td_loss(q_values, next_q_values, batch: Batch, gamma: float, n_step: int, loss_function):
     """Return the TD loss of the steps that carry one, and their Q(h, a).
 
-    y_t = r_t + ... + gamma^(n-1) * r_t+n-1 + gamma^n * max_a' Q_target(h_t+n, a')    with n = n_step
+    y_t = r_t + ... + gamma^(n-1) * r_(t+n-1) + gamma^n * max_a' Q_target(h_(t+n), a')    with n = n_step
 
     No maximum where the episode terminated; fewer rewards where time ran out, or the sequence ends. More rewards mean
     faster news, and less trust in one's own estimates; but the actions in between were those of an older network, or
@@ -478,16 +467,14 @@ def train(args: Args) -> dict:
     target_network, average_network = copy.deepcopy(q_network), copy.deepcopy(q_network)
     optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, eps=args.optimizer_eps, fused=True)
     memory = ReplayMemory(args.buffer_size, args.num_envs, envs.observation_space.shape[0], q_network.state_shape)
-    loss_function, loss = F.mse_loss if args.loss == "mse" else F.smooth_l1_loss, torch.zeros(())
+    loss_function = F.mse_loss if args.loss == "mse" else F.smooth_l1_loss
+    loss = torch.zeros(())  # until the first gradient step
     parts = {"online_network": q_network, "target_network": target_network, "optimizer": optimizer, "memory": memory}
     run = Run(args, envs, average_network, **parts)
     counters = ("global_step", "gradient_steps", "target_syncs")
     global_step, gradient_steps, target_syncs = (run.counts.get(name, 0) for name in counters)  # 0, unless resumed
-    learning_starts = args.learning_starts
-    if gradient_steps > 0:  # resumed: this is the same, unless --train-frequency is another
-        rest = (global_step - learning_starts) % args.train_frequency
-        learning_starts = global_step - gradient_steps * args.train_frequency - rest
-    optimizer.param_groups[0]["eps"] = args.optimizer_eps  # of this command line, not of the resumed run's
+    # A resumed run goes on from where it is, also where its --train-frequency is another.
+    learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     obs = envs.reset()
     state = q_network.initial_state(args.num_envs)  # (2, num_layers, num_envs, hidden_size): what the network remembers
@@ -508,7 +495,7 @@ def train(args: Args) -> dict:
 
         # Learn: one gradient step per train_frequency transitions, however many environments there are.
         learning_rate = linear_schedule(args.learning_rate, args.learning_rate_end, args.total_timesteps, global_step)
-        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # eps: a resume restores the old one
         while gradient_steps < (global_step - learning_starts) // args.train_frequency:
             batch = memory.sample(args.batch_size, args.sequence_length, args.burn_in, device)
             if args.initial_state == "zero":
@@ -524,7 +511,8 @@ def train(args: Args) -> dict:
                 nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
             optimizer.step()
             gradient_steps += 1
-            # What is evaluated is an average: each step moves large Q-values, whose small differences are the policy.
+            # Evaluated is an average of the weights. The policy hangs on small differences of large Q-values, and each
+            # single gradient step moves them.
             update_target(average_network, q_network, 1 / min(gradient_steps, args.average_steps))
 
             # Sync the target each time a multiple of target_frequency is crossed; a step stands for train_frequency.
@@ -537,8 +525,7 @@ def train(args: Args) -> dict:
                 means = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
                 run.log(global_step, "train", **means, epsilon=epsilon, learning_rate=learning_rate)
 
-        # Receive. Where an episode ended, obs is the first observation of the next one already, and the last one of
-        # this, which the actions led to, is in the info.
+        # Receive. Where an episode ended, obs begins the next one; what the action led to is in the info.
         last_obs = obs
         obs, rewards, dones, infos = envs.step_wait()
         next_obs = obs.copy()
@@ -620,11 +607,12 @@ def check_drawing(args):
     """Refuse --video and --render where nothing can be drawn: before the run, not after it."""
     for flag, mode in (("video", "rgb_array"), ("render", "human")):
         if getattr(args, flag):
-            env = make_env(args, render_mode=mode)
-            env.reset(seed=0)
-            drawn = env.render_mode == mode and (mode == "human" or np.ndim(env.render()) == 3)
+            with make_env(args) as env:
+                known = mode in (env.metadata.get("render_modes") or ())
+            with make_env(args, render_mode=mode if known else None) as env:
+                env.reset(seed=0)
+                drawn = env.render_mode == mode and (mode == "human" or np.ndim(env.render()) == 3)
             require(args, flag, drawn, "this environment cannot draw itself")
-            env.close()
 
 
 def save_checkpoint(path: Path, **contents):
@@ -793,7 +781,7 @@ def parse_args():
     default = Args(**{**saved, "resume": "", "play": "", "run_dir": "", "video": False, "track": "none"})
     args = tyro.cli(Args, default=default)
     for name, value in asdict(args).items():
-        if value != getattr(default, name) and name not in ("resume", "play"):
+        if value != getattr(default, name) and name not in ("resume", "play", "render", "video"):
             print(f"--{name.replace('_', '-')} {value} in place of {getattr(default, name)}")
     return args
 

@@ -2,21 +2,14 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "gymnasium==1.4.0",
-#     "moviepy==2.2.1",
-#     "numpy==2.4.6",
-#     "pygame==2.6.1",
-#     "stable-baselines3==2.9.2",
-#     "tensorboard==2.21.0",
-#     "torch==2.13.0",
-#     "tqdm==4.70.1",
-#     "tyro==1.0.16",
+#     "gymnasium==1.4.0", "moviepy==2.2.1", "numpy==2.4.6", "pygame==2.6.1", "stable-baselines3==2.9.2",
+#     "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.16",
 # ]
 # ///
 """PPO on CartPole: proximal policy optimisation, small and complete (Schulman et al., arXiv 1707.06347, 2017).
 
     L   = -mean of min(ratio * A, clip(ratio, 1 - c, 1 + c) * A)    clipped surrogate; ratio = pi(a|s) / pi_old(a|s)
-    A_t = delta_t + gamma * lambda * A_t+1                          GAE; delta_t = r_t + gamma * V(s_t+1) - V(s_t)
+    A_t = delta_t + gamma * lambda * A_(t+1)                        GAE; delta_t = r_t + gamma * V(s_(t+1)) - V(s_t)
 
 A policy pi(a|s) plays for a while. Each action is judged by its advantage A, how much better it turned out than the
 value network V(s) expected, and the policy moves towards the better ones. A rollout serves many gradient steps, which
@@ -65,7 +58,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SCRIPT = "ppo_cartpole"  # names run directories, and marks checkpoints
+SCRIPT = "ppo_cartpole"  # in the names of run directories, and in checkpoints
 
 # === Arguments ========================================================================================================
 
@@ -89,7 +82,6 @@ class Args:
     norm_advantages: bool = True  # to mean 0 and standard deviation 1, in each minibatch
     clip_coef: Positive = 0.2  # how far the ratio of new to old probability may move from 1 and still gain by it
     anneal_clip: bool = True  # let clip_coef fall to 0 over total_timesteps
-    clip_value_loss: bool = False  # clip the change of the values too, by clip_coef as annealed: in units of the return
     value_coef: Positive = 1.0  # weight of the value loss, which is half the mean squared error
     entropy_coef: NonNegative = 0.0  # weight of the entropy bonus, which keeps the policy from settling early
     target_kl: Annotated[float, 0, 1e9] = 1e9  # no further pass over a rollout once approx_kl is larger
@@ -175,12 +167,9 @@ class VectorEnv(gym.Wrapper):
 
 def make_env(args: Args, evaluation: bool = False, render_mode: str | None = None, video_dir: Path | None = None):
     """Return one environment; its info holds {"episode": {"r": return, "l": length}} where an episode ended."""
-    options = {"max_episode_steps": args.time_limit}
+    options = {"render_mode": render_mode} if render_mode else {}  # not every environment takes one
     try:
-        env = gym.make(args.env_id, **options)
-        if render_mode in (env.metadata.get("render_modes") or ()):  # not every environment takes one
-            env.close()
-            env = gym.make(args.env_id, render_mode=render_mode, **options)
+        env = gym.make(args.env_id, max_episode_steps=args.time_limit, **options)
     except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
         raise UsageError(f"--env-id {args.env_id}: {error}") from None
     if evaluation and env.spec.max_episode_steps is None:
@@ -203,7 +192,7 @@ def make_worker_env(args: Args, index: int):
 
 
 def make_envs(args: Args):
-    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, obs_dim), rewards and dones (num_envs,).
+    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,).
 
     A VecEnv resets an environment inside the step that ends its episode. What it then returns is the first observation
     of the next episode; the last one of the ended episode is in infos[i]["terminal_observation"].
@@ -277,8 +266,8 @@ class Rollout:
 def compute_gae(rewards, values, ended, gamma: float, gae_lambda: float):
     """Return advantages and returns, (T, N) each: generalised advantage estimation (GAE; Schulman et al. 2016).
 
-    delta_t = r_t + gamma * V(s_t+1) - V(s_t)     r_t - V(s_t) where an episode ended after step t
-    A_t     = delta_t + gamma * lambda * A_t+1    delta_t where it ended; return_t = A_t + V(s_t)
+    delta_t = r_t + gamma * V(s_(t+1)) - V(s_t)     r_t - V(s_t) where an episode ended after step t
+    A_t     = delta_t + gamma * lambda * A_(t+1)    delta_t where it ended; return_t = A_t + V(s_t)
 
     rewards, ended: (T, N). values: (T + 1, N), the last row those of the observations at which the rollout was cut.
     """
@@ -331,19 +320,10 @@ def approx_kl(log_ratio: torch.Tensor) -> float:
     return (log_ratio.exp() - 1.0 - log_ratio).mean().item()
 
 
-def critic_loss(values, old_values, returns, clip_coef: float | None):
-    """Return half the mean squared error of the values; with clip_coef, of V or of clipped V, whichever is worse."""
+def critic_loss(values, returns):
+    """Return half the mean squared error of the values, (B,) each."""
     assert values.shape == returns.shape
-    error = (values - returns).square()
-    if clip_coef is not None:
-        clipped = old_values + (values - old_values).clamp(-clip_coef, clip_coef)
-        error = torch.max(error, (clipped - returns).square())
-    return 0.5 * error.mean()
-
-
-def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
-    """Go from start to end in a straight line over `steps` transitions, then stay."""
-    return start + (end - start) * min(t / steps, 1.0)
+    return 0.5 * (values - returns).square().mean()
 
 
 # === Training =========================================================================================================
@@ -364,14 +344,14 @@ def train(args: Args) -> dict:
     rollout = Rollout(args.num_steps, args.num_envs, envs.observation_space.shape[0], envs.action_space)
     run = Run(args, envs, network, optimizer=optimizer)
     global_step, gradient_steps = (run.counts.get(name, 0) for name in ("global_step", "gradient_steps"))
-    optimizer.param_groups[0]["eps"] = args.optimizer_eps  # of this command line, not of the resumed run's
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     rollout.obs[-1] = envs.reset()
 
     while global_step < args.total_timesteps and run.mean_return(at_least=100) < args.target_return:
-        remaining = linear_schedule(1.0, 0.0, args.total_timesteps, global_step)
+        remaining = 1.0 - global_step / args.total_timesteps
         clip_coef = args.clip_coef * remaining if args.anneal_clip else args.clip_coef
-        optimizer.param_groups[0]["lr"] = learning_rate = args.learning_rate * remaining
+        learning_rate = args.learning_rate * remaining
+        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # eps: a resume restores the old one
 
         # Collect: num_steps of every environment, with the policy as it is.
         rollout.obs[0] = rollout.obs[-1]  # go on where the last rollout was cut off
@@ -391,20 +371,19 @@ def train(args: Args) -> dict:
             # Judge: all values in one forward pass; then make of the rollout one batch, (T, N, ...) -> (T * N, ...).
             values = network.value(torch.from_numpy(rollout.obs).to(device)).cpu().numpy()  # (T + 1, N)
             advantages, returns = compute_gae(rollout.rewards, values, rollout.ended, args.gamma, args.gae_lambda)
-            columns = rollout.obs[:-1], rollout.actions, advantages, returns, values[:-1]
+            columns = rollout.obs[:-1], rollout.actions, advantages, returns
             obs, actions, *others = (torch.from_numpy(column).flatten(0, 1).to(device) for column in columns)
             batch = (obs, actions, log_probs_and_entropy(network(obs), actions)[0], *others)  # [0]: log pi_old(a|s)
 
         # Learn: update_epochs passes over the batch. Each shuffles it and cuts it into minibatches (mb).
         for _ in range(args.update_epochs):
             for indices in torch.randperm(len(obs)).to(device).split(len(obs) // args.num_minibatches):
-                mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns, mb_values = (c[indices] for c in batch)
+                mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns = (c[indices] for c in batch)
                 if args.norm_advantages:
                     mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
                 log_probs, entropy = log_probs_and_entropy(network(mb_obs), mb_actions)
                 policy_loss, log_ratio = ppo_loss(log_probs, mb_log_probs, mb_advantages, clip_coef)
-                value_clip = clip_coef if args.clip_value_loss else None
-                value_loss = critic_loss(network.value(mb_obs), mb_values, mb_returns, value_clip)
+                value_loss = critic_loss(network.value(mb_obs), mb_returns)
                 loss = policy_loss + args.value_coef * value_loss - args.entropy_coef * entropy.mean()
                 optimizer.zero_grad()
                 loss.backward()
@@ -417,11 +396,11 @@ def train(args: Args) -> dict:
 
         # Log: what the last minibatch gave, before its gradient step, and how well the values explain the returns.
         run.check(global_step, observation=rollout.obs[-1], reward=rollout.rewards, loss=loss)
-        means = {"policy_loss": policy_loss.item(), "value_loss": value_loss.item(), "entropy": entropy.mean().item()}
-        means["approx_kl"] = approx_kl(log_ratio)
-        means["clip_fraction"] = ((log_ratio.exp() - 1.0).abs() > clip_coef).float().mean().item()
-        means["explained_variance"] = 1.0 - float((returns - values[:-1]).var() / max(returns.var(), 1e-8))
-        run.log(global_step, "train", **means, learning_rate=learning_rate)
+        metrics = {"policy_loss": policy_loss.item(), "value_loss": value_loss.item(), "entropy": entropy.mean().item()}
+        metrics["approx_kl"] = approx_kl(log_ratio)
+        metrics["clip_fraction"] = ((log_ratio.exp() - 1.0).abs() > clip_coef).float().mean().item()
+        metrics["explained_variance"] = 1.0 - float((returns - values[:-1]).var() / max(returns.var(), 1e-8))
+        run.log(global_step, "train", **metrics, learning_rate=learning_rate)
 
         # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
         if global_step // args.eval_every > (global_step - len(obs)) // args.eval_every:
@@ -486,11 +465,12 @@ def check_drawing(args):
     """Refuse --video and --render where nothing can be drawn: before the run, not after it."""
     for flag, mode in (("video", "rgb_array"), ("render", "human")):
         if getattr(args, flag):
-            env = make_env(args, render_mode=mode)
-            env.reset(seed=0)
-            drawn = env.render_mode == mode and (mode == "human" or np.ndim(env.render()) == 3)
+            with make_env(args) as env:
+                known = mode in (env.metadata.get("render_modes") or ())
+            with make_env(args, render_mode=mode if known else None) as env:
+                env.reset(seed=0)
+                drawn = env.render_mode == mode and (mode == "human" or np.ndim(env.render()) == 3)
             require(args, flag, drawn, "this environment cannot draw itself")
-            env.close()
 
 
 def save_checkpoint(path: Path, **contents):
@@ -659,7 +639,7 @@ def parse_args():
     default = Args(**{**saved, "resume": "", "play": "", "run_dir": "", "video": False, "track": "none"})
     args = tyro.cli(Args, default=default)
     for name, value in asdict(args).items():
-        if value != getattr(default, name) and name not in ("resume", "play"):
+        if value != getattr(default, name) and name not in ("resume", "play", "render", "video"):
             print(f"--{name.replace('_', '-')} {value} in place of {getattr(default, name)}")
     return args
 

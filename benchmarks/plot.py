@@ -29,7 +29,7 @@ class Args:
     metric: str = "eval/return_mean"  # what to draw, over seeds
     labels: list[str] | None = None  # names for the legend
     title: str = ""  # over the picture
-    ylabel: str = "return"  # beside the picture
+    ylabel: str = "mean return of an evaluation"  # beside the picture
 
 
 def curve(path: Path, metric: str) -> np.ndarray:
@@ -86,7 +86,7 @@ def plot_seeds(args: Args):
         else:
             steps = np.unique(np.concatenate([steps for steps, _ in curves]))
             values = np.array([np.interp(steps, *each) for each in curves])
-            axes.plot(steps, values.T, color=colour, linewidth=0.5, alpha=0.25)
+            axes.plot(steps, values.T, color=colour, linewidth=0.6, alpha=0.45)
             axes.fill_between(steps, *bootstrap(values), color=colour, alpha=0.3, linewidth=0)
             axes.plot(
                 steps, values.mean(axis=0), color=colour, linewidth=2, label=f"{label}: mean of {len(curves)} seeds"

@@ -37,7 +37,7 @@ ATARI = (
 )
 CLEANRL_PPO = (
     "--num-envs 4 --num-steps 128 --update-epochs 4 --num-minibatches 4 --gamma 0.99 --gae-lambda 0.95 "
-    "--learning-rate 2.5e-4 --entropy-coef 0.01 --value-coef 0.5 --clip-value-loss --no-anneal-clip"
+    "--learning-rate 2.5e-4 --entropy-coef 0.01 --value-coef 0.5 --no-anneal-clip"
 )
 VECENV = (
     "dqn_vecenv.py --num-envs 4 --train-frequency 16 --target-frequency 10000 --tau 1 --batch-size 32 "
@@ -85,7 +85,7 @@ TASKS = {
         {"float32": f"ppo_cartpole.py {CLEANRL_PPO}"},
         {"algorithm": "PPO", "env_id": "CartPole-v1", "n_envs": 4, "n_steps": 128, "batch_size": 128, "n_epochs": 4,
          "learning_rate": 2.5e-4, "ent_coef": 0.01, "vf_coef": 0.5},
-        "cleanrl/ppo.py --total-timesteps 500000",
+        "cleanrl/ppo.py --total-timesteps 500000 --no-clip-vloss",
     ),
     "dqn_atari_4": Task(
         "DQN Breakout, batch 32, one update per 4 transitions",

@@ -109,39 +109,40 @@ def table() -> str:
     columns = sorted({n for each in found.values() for n in each})
     lines = ["| one step | `--vec-env` | " + " | ".join(f"{n}" for n in columns) + " |"]
     lines.append("|---|---|" + "---:|" * len(columns))
-    for (env, vec_env), each in found.items():
-        lines.append(f"| {env} | {vec_env} | " + " | ".join(f"{each[n]:,.0f}" for n in columns) + " |")
+    for env, vec_env in sorted(found, key=lambda key: (list(ENVS.values()).index(key[0]), key[1] != "dummy")):
+        rates = " | ".join(f"{found[env, vec_env][n]:,.0f}" for n in columns)
+        lines.append(f"| {env} | {vec_env} | {rates} |")
     return "\n".join(lines)
 
 
 def plot():
-    """Draw how many times as fast as DummyVecEnv each backend is: left where a step waits, right where it computes."""
+    """Draw how many times as fast as DummyVecEnv each backend is, in a panel per length of a step."""
     found = medians()
-    figure, both = plt.subplots(1, 2, figsize=(8.4, 3.6), dpi=150, sharey=True)
-    for axes, verb in zip(both, ("waits", "computes"), strict=True):
-        for (env, vec_env), each in found.items():
-            if vec_env == "dummy" or not env.startswith({"waits": ("waits", "CartPole")}.get(verb, verb)):
-                continue
-            counts = sorted(each)
-            ratios = [each[n] / found[env, "dummy"][n] for n in counts]
-            colour = "black" if env == "CartPole" else f"C{list(slow_envs.MILLISECONDS).index(env.split()[1])}"
-            line = {"subproc": "-", "ray": ":", "envpool": "--"}[vec_env]
-            axes.plot(counts, ratios, line, marker="o", markersize=3, color=colour)
+    panels = {"CartPole, 0.01 ms a step": ["CartPole"]}
+    for milliseconds in ("0.1", "1", "10"):
+        panels[f"{milliseconds} ms a step"] = [f"{verb} {milliseconds} ms" for verb in ("waits", "computes")]
+    colours = {"subproc": "C0", "ray": "C1", "envpool": "C2"}
+    figure, row = plt.subplots(1, len(panels), figsize=(9.6, 3.4), dpi=150, sharey=True)
+    for axes, (title, envs) in zip(row, panels.items(), strict=True):
+        for env, vec_env in [(env, vec_env) for env in envs for vec_env in colours if (env, vec_env) in found]:
+            counts = sorted(found[env, vec_env])
+            ratios = [found[env, vec_env][n] / found[env, "dummy"][n] for n in counts]
+            line = "--" if env.startswith("computes") else "-"
+            axes.plot(counts, ratios, line, marker="o", markersize=3, color=colours[vec_env])
         axes.axhline(1, color="grey", linewidth=0.8)
-        axes.set(xscale="log", yscale="log", xlabel="environments", title=f"a step {verb}", xlim=(0.9, 18))
+        axes.set(xscale="log", yscale="log", xlabel="environments", title=title, xlim=(0.9, 18))
         axes.set_xticks(counts, [str(n) for n in counts])
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    both[0].set_ylabel("times as fast as DummyVecEnv")
-    for name, line in {"SubprocVecEnv": "-", "Ray": ":", "EnvPool": "--"}.items():
-        both[0].plot([], [], line, color="grey", label=name)
-    for index, milliseconds in enumerate(slow_envs.MILLISECONDS):
-        both[1].plot([], [], "o", color=f"C{index}", label=f"{milliseconds} ms a step")
-    both[1].plot([], [], "o", color="black", label="CartPole (left)")
-    for axes in both:
-        axes.legend(frameon=False, fontsize=8, loc="upper left" if axes is both[0] else "lower left")
+    row[0].set_ylabel("times as fast as DummyVecEnv")
+    for vec_env, colour in colours.items():
+        row[0].plot([], [], color=colour, label=vec_env)
+    for kind, line in (("the step waits", "-"), ("the step computes", "--")):
+        row[1].plot([], [], line, color="grey", label=kind)
+    for axes in row[:2]:
+        axes.legend(frameon=False, fontsize=8, loc="lower right" if axes is row[1] else "upper left")
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "vec_env_cost.png")
 

@@ -220,6 +220,13 @@ def test_gradient_steps_do_not_depend_on_the_number_of_games(num_envs, train_fre
     assert result["target_syncs"] == result["gradient_steps"] * train_frequency // target_frequency
 
 
+@pytest.mark.parametrize("target_frequency, copied", [(4, True), (10_000, False)])
+def test_the_target_network_is_a_copy_as_of_the_last_sync(target_frequency, copied, tmp_path):
+    run(tmp_path, train_frequency=4, target_frequency=target_frequency)
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert copied == all(torch.equal(last["network"][name], last["target_network"][name]) for name in last["network"])
+
+
 @pytest.mark.parametrize("vec_env", ["dummy", "subproc"])
 def test_the_same_seed_gives_the_same_parameters(vec_env, tmp_path):
     networks = []

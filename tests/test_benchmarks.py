@@ -39,9 +39,7 @@ RESULTS = sorted(path.parent.name for path in (ROOT / "benchmarks" / "results").
 PAGES = [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")]
 OTHERS = [
     *("dqn_cartpole", "dqn_vecenv", "ppo_cartpole", "dqn_lstm_cartpole", "dqn_lstm_cartpole_earlier"),
-    *("dqn_lstm_cartpole_memory_none", "dqn_lstm_cartpole_hide_none", "dqn_lstm_cartpole_hide_none_11_16"),
-    *("dqn_lstm_cartpole_hide_none_eps_1e-4", "dqn_lstm_cartpole_hide_none_eps_1e-5"),
-    *("dqn_lstm_cartpole_eps_1e-4", "dqn_lstm_cartpole_eps_1e-3"),
+    *("dqn_lstm_cartpole_memory_none", "dqn_lstm_cartpole_hide_none"),
 ]
 TABLES = {
     "seeds": (RESULTS_PAGE, lambda: table.table("dqn_cartpole")),
