@@ -754,3 +754,10 @@ def test_a_film_shows_the_best_network(tmp_path):
         first, last = clip.get_frame(0), clip.get_frame(clip.duration - 1 / clip.fps)
         assert 1 <= clip.n_frames - result["best_return_mean"] <= 2  # the first frame, and one for each step
     assert first.std() > 10 and (first != last).any()  # not blank, and something moves
+
+
+def test_a_film_of_a_checkpoint_lies_beside_it(trained, cli):
+    status, out, _ = cli("--play", trained / "best.pt", "--video")
+    assert status == 0 and "in place of" not in out  # what asks for the film is no change of the saved flags
+    assert f"film: {trained / 'videos' / 'rl-video-episode-0.mp4'}" in out
+    assert (trained / "videos" / "rl-video-episode-0.mp4").stat().st_size > 1_000
