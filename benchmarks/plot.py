@@ -4,7 +4,7 @@
     python benchmarks/plot.py dqn_cartpole --out docs/dqn_cartpole.png     # of benchmarks/results/dqn_cartpole
     python benchmarks/plot.py dqn_atari_breakout --metric train/return_mean_100 --out breakout.png
 
-Over seeds: the thick line is the mean at each step, the band its 95 % bootstrap interval; thin lines are single seeds.
+From five seeds on the thick line is their mean, the band its 95 % bootstrap interval; thin lines are single seeds.
 """
 
 import csv
@@ -81,12 +81,14 @@ def plot_seeds(args: Args):
         curves = [curve(path, args.metric) for path in sorted((RESULTS / name).glob("seed_*.csv"))]
         colour = f"C{index}"
         label = args.labels[index] if args.labels else name
-        if len(curves) == 1:
-            axes.plot(*curves[0], color=colour, linewidth=0.8, label=label)
-        else:
+        for number, points in enumerate(curves):
+            few = len(curves) < 5  # too few for an interval: each curve stands for itself
+            name = {1: label}.get(len(curves), f"{label}: {len(curves)} seeds") if few and number == 0 else None
+            axes.plot(*points, color=colour, linewidth=1.0 if few else 0.6, alpha=1.0 if few else 0.45, label=name)
+        if len(curves) >= 5:
             steps = np.unique(np.concatenate([steps for steps, _ in curves]))
+            steps = steps[steps <= min(ends[-1] for ends, _ in curves)]  # as far as there are all of them
             values = np.array([np.interp(steps, *each) for each in curves])
-            axes.plot(steps, values.T, color=colour, linewidth=0.6, alpha=0.45)
             axes.fill_between(steps, *bootstrap(values), color=colour, alpha=0.3, linewidth=0)
             axes.plot(
                 steps, values.mean(axis=0), color=colour, linewidth=2, label=f"{label}: mean of {len(curves)} seeds"

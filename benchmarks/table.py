@@ -108,7 +108,7 @@ def settings(name: str) -> str:
     return "\n".join(lines)
 
 
-HEAD = """| runs | seeds | final at 500.0 | lowest final | at 475 or more | no evaluation below 475 in the last fifth | seconds |
+HEAD = """| runs | seeds | final at 500.0 | lowest final | at 475 or more | none below 475 in the last fifth | seconds |
 |---|---:|---:|---:|---:|---:|---:|"""
 FINALS = """| runs | final network, each seed | mean |
 |---|---:|---:|"""
