@@ -35,7 +35,7 @@ One iteration of the loop, with n environments, and where it happens:
     store n transitions
 
 Only the learning overlaps with the environments. Each worker imports this script: a fork server that has imported the
-heavy libraries once lets them share the pages. Where there is none, as on Windows, a worker takes 170 MB, not 15.
+heavy libraries once lets them share the pages. Where there is none, as on Windows, a worker takes 160 MB, not 11.
 
 Four things are easy to get wrong. Gradient steps are counted per transition, not per iteration. Each environment draws
 for itself whether it explores. Environment i gets seed + i, or all would play the same episodes. And after the end of
@@ -209,7 +209,7 @@ def make_envs(args: Args):
     make_env(args).close()  # what is wrong with it is said once, and not by every worker
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
-    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports: 15 MB each, not 170
+    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports: 11 MB each, not 160
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
