@@ -8,7 +8,7 @@ From five seeds on the thick line is their mean, the band its 95 % bootstrap int
 """
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -28,6 +28,7 @@ class Args:
     out: str = ""  # the picture to write (default: curves.png in the run directory)
     metric: str = "eval/return_mean"  # what to draw, over seeds
     labels: list[str] | None = None  # names for the legend
+    levels: dict[str, float] = field(default_factory=dict)  # dotted lines to compare with: name and height, in turn
     title: str = ""  # over the picture
     ylabel: str = "mean return of an evaluation"  # beside the picture
 
@@ -93,6 +94,10 @@ def plot_seeds(args: Args):
             axes.plot(
                 steps, values.mean(axis=0), color=colour, linewidth=2, label=f"{label}: mean of {len(curves)} seeds"
             )
+    for index, (name, height) in enumerate(args.levels.items()):
+        axes.axhline(height, color=f"{0.2 + 0.3 * index:g}", linewidth=1, linestyle=":", label=name)
+        axes.update_datalim([(0, height)], updatex=False)
+    axes.autoscale_view()
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
     axes.set(xlabel="transitions", ylabel=args.ylabel, title=args.title)
     axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))

@@ -4,6 +4,7 @@ python benchmarks/table.py dqn_cartpole                                     # a 
 python benchmarks/table.py dqn_cartpole dqn_vecenv ppo_cartpole             # a row per set of runs
 python benchmarks/table.py --rates dqn_cartpole dqn_vecenv ppo_cartpole     # the same, with 95 % intervals
 python benchmarks/table.py --settings dqn_lstm_cartpole_set                 # a row per NAME_*, which differ by flags
+python benchmarks/table.py --settings dqn_lstm_popgym 2                     # the same, with two digits
 """
 
 import csv
@@ -92,7 +93,7 @@ def finals_of(name: str) -> str:
     return f"| [`{name}`](../benchmarks/results/{name}) | {each} | {sum(finals) / len(finals):.1f} |"
 
 
-def settings(name: str) -> str:
+def settings(name: str, digits: int = 0) -> str:
     """Return a Markdown table of the sets of runs whose names start with this: flags, and each seed's final return."""
     lines = ["| flags | final network, each seed | mean |", "|---|---:|---:|"]
     folders = sorted(RESULTS.glob(f"{name}*"))
@@ -103,8 +104,9 @@ def settings(name: str) -> str:
             rows = sorted(csv.DictReader(file), key=lambda row: int(row["seed"]))
         flags = json.loads((folder / "command.json").read_text())["command"].partition("--seed N")[2].strip()
         finals = [float(row["final_return_mean"]) for row in rows]
-        each = ", ".join(f"{final:.0f}" for final in finals)
-        lines.append(f"| [`{flags}`](../benchmarks/results/{folder.name}) | {each} | {sum(finals) / len(finals):.0f} |")
+        each = ", ".join(f"{final:.{digits}f}" for final in finals)
+        mean = f"{sum(finals) / len(finals):.{digits}f}"
+        lines.append(f"| [`{flags}`](../benchmarks/results/{folder.name}) | {each} | {mean} |")
     return "\n".join(lines)
 
 
@@ -117,7 +119,7 @@ RATES = """| runs | final at 500.0 | 95 % interval of that rate | mean final | i
 
 if __name__ == "__main__":
     if sys.argv[1] == "--settings":
-        print(settings(sys.argv[2]))
+        print(settings(sys.argv[2], *map(int, sys.argv[3:])))
     elif sys.argv[1] == "--rates":
         print(RATES, *map(rates_of, sys.argv[2:]), sep="\n")
     elif len(sys.argv) == 2:
