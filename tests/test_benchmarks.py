@@ -50,6 +50,7 @@ TABLES = {
     },
     **{name: (RESULTS_PAGES, partial(table.finals_of, name)) for name in ("ppo_reacher", "ppo_pusher", "ppo_pendulum")},
     "settings": (RESULTS_PAGES, lambda: table.settings("dqn_lstm_cartpole_set")),
+    "popgym": (RESULTS_PAGES, lambda: table.settings("dqn_lstm_popgym", 2)),
     "costs": ([PERFORMANCE], vec_env_cost.table),
     "ratios": ([PERFORMANCE], speed.table),
 }
