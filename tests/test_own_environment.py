@@ -16,7 +16,7 @@ from conftest import ROOT, load
 EXAMPLES = ROOT / "docs" / "examples"
 RESULTS = ROOT / "benchmarks" / "results"
 ENGLISH, CHINESE = ((ROOT / "docs" / f"own_environment{language}.md").read_text() for language in ("", ".zh-CN"))
-RUNS = ["own_corridor", "own_minigrid", "own_arm_defaults", "own_arm"]
+RUNS = ["own_corridor", "own_minigrid", "own_mario", "own_arm_defaults", "own_arm"]
 
 each_language = pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["en", "zh"])
 
@@ -36,7 +36,7 @@ def make(monkeypatch, needs, env_id):
 
 @each_language
 def test_each_block_is_the_text_of_its_file(text):
-    names = ("corridor", "minigrid_pixels", "nine_torques")
+    names = ("corridor", "minigrid_pixels", "mario_pixels", "nine_torques")
     assert blocks(text, "python") == [(EXAMPLES / f"{name}.py").read_text() for name in names]
 
 
@@ -61,7 +61,7 @@ def test_the_commands_shown_are_those_of_the_raw_data():
         assert f"PYTHONPATH=docs/examples {command.replace(' --seed N', '')}" in shown
     for line in shown:
         script, *flags = shlex.split(line.removeprefix("PYTHONPATH=docs/examples ").removeprefix("python "))
-        if not script.startswith("docs/"):
+        if not script.startswith(("docs/", "benchmarks/")):
             tyro.cli(load(ROOT / script).Args, args=flags)
 
 
