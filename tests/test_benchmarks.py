@@ -39,6 +39,7 @@ RESULTS = sorted(path.parent.name for path in (ROOT / "benchmarks" / "results").
 PAGES = [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")]
 OTHERS = [
     *("dqn_cartpole", "dqn_vecenv", "ppo_cartpole", "dqn_lstm_cartpole", "dqn_lstm_cartpole_earlier"),
+    "dqn_lstm_cartpole_eps_1e-5",
     *("dqn_lstm_cartpole_memory_none", "dqn_lstm_cartpole_hide_none"),
 ]
 TABLES = {
@@ -134,7 +135,8 @@ def test_the_peers_do_the_same_work(task):
             weights = ours.entropy_coef, ours.value_coef, ours.max_grad_norm
             assert weights == (peer.ent_coef, peer.vf_coef, peer.max_grad_norm)
         else:
-            for name in ("batch_size", "buffer_size", "learning_starts", "tau"):
+            assert getattr(ours, "tau", 1.0) == peer.tau  # dqn_atari.py copies
+            for name in ("batch_size", "buffer_size", "learning_starts"):
                 assert getattr(ours, name) == getattr(peer, name), name
             assert ours.train_frequency * peer.gradient_steps == peer.train_freq * peer.n_envs
             assert ours.target_frequency == peer.target_update_interval

@@ -465,7 +465,7 @@ def test_what_is_kept_is_the_average_of_the_online_network(average_steps, tmp_pa
     assert torch.equal(kept, online[-1]) == (average_steps == 1)
 
 
-@pytest.mark.parametrize("flags, eps", [({}, 1e-5), ({"optimizer_eps": 0.5}, 0.5)])
+@pytest.mark.parametrize("flags, eps", [({}, 1e-8), ({"optimizer_eps": 0.5}, 0.5)])
 def test_adam_gets_the_epsilon_of_the_flags(flags, eps, tmp_path, monkeypatch):
     seen, step = set(), torch.optim.Adam.step
 
