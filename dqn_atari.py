@@ -413,8 +413,8 @@ class QNetwork(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        # The only place where pixels are scaled; in place, since a second array would cost more than the division.
-        pixels = obs.to(self.precision).div_(255.0)
+        # The only place where pixels are scaled: in place, as a second array would cost more, but never the caller's.
+        pixels = obs.to(self.precision, copy=True).div_(255.0)
         with torch.autocast(obs.device.type, self.precision, enabled=self.precision != torch.float32):
             features = self.layers(pixels)
         # The head stays in float32: the 8 significant bits of bfloat16 cannot tell one action's Q-value from another's.
