@@ -23,7 +23,7 @@ Distributed Reinforcement Learning" (R2D2, ICLR 2019). Read dqn_cartpole.py firs
 
 Measured with the defaults, seeds 1 to 10: the final network's greedy return over 100 episodes is 475 or more on 8 of 10
 (95 % interval of that rate: 44 to 97 %); the others end at 462.4 and 398.5. Some runs reach 500 and slide again.
-Training takes about 85 s on one core. Without a memory, seeds 1 to 5 end between 66 and 77.
+Training takes about 76 s on one core. Without a memory, seeds 1 to 5 end between 66 and 77.
 
 Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of ten seeds; lowest and highest at the end)
     evaluation           279        500        500          (399 to 500)
