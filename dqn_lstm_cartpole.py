@@ -132,7 +132,7 @@ class Args:
     hide: Literal["velocity", "none"] = "velocity"  # what CartPole-v0 and -v1 do not show; no effect elsewhere
     num_envs: Annotated[int, 1, 1_000] = 16  # environments that step side by side
     vec_env: Literal["dummy", "subproc"] = "dummy"  # in this process; or a process each, for slow steps
-    time_limit: Annotated[int | None, -1, 10**9] = None  # steps per episode, not the environment's own; -1: no limit
+    time_limit: Annotated[int | None, -1, 10**9] = None  # steps per episode instead of the environment's own; -1: none
 
     # evaluation
     eval_every: Count = 5_000  # transitions between evaluations

@@ -112,7 +112,7 @@ class Args:
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:EnvName-v0 imports your own module first
     num_envs: Annotated[int, 1, 1_000] = 8  # environments that step side by side
     vec_env: Literal["subproc", "dummy", "envpool", "ray"] = "subproc"  # processes, none, C++ threads, a cluster
-    time_limit: Annotated[int | None, -1, 10**9] = None  # steps per episode, not the environment's own; -1: no limit
+    time_limit: Annotated[int | None, -1, 10**9] = None  # steps per episode instead of the environment's own; -1: none
 
     # evaluation
     eval_every: Count = 5_000  # transitions between evaluations

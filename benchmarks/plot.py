@@ -82,11 +82,12 @@ def plot_seeds(args: Args):
         curves = [curve(path, args.metric) for path in sorted((RESULTS / name).glob("seed_*.csv"))]
         colour = f"C{index}"
         label = args.labels[index] if args.labels else name
-        for number, points in enumerate(curves):
-            few = len(curves) < 5  # too few for an interval: each curve stands for itself
-            name = {1: label}.get(len(curves), f"{label}: {len(curves)} seeds") if few and number == 0 else None
-            axes.plot(*points, color=colour, linewidth=1.0 if few else 0.6, alpha=1.0 if few else 0.45, label=name)
-        if len(curves) >= 5:
+        few = len(curves) < 5  # too few for an interval: each curve stands for itself
+        for points in curves:
+            axes.plot(*points, color=colour, linewidth=1.0 if few else 0.6, alpha=1.0 if few else 0.45)
+        if few:
+            axes.lines[-1].set_label(label if len(curves) == 1 else f"{label}: {len(curves)} seeds")
+        else:
             steps = np.unique(np.concatenate([steps for steps, _ in curves]))
             steps = steps[steps <= min(ends[-1] for ends, _ in curves)]  # as far as there are all of them
             values = np.array([np.interp(steps, *each) for each in curves])

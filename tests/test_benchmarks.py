@@ -7,7 +7,6 @@ import inspect
 import itertools
 import json
 import re
-import shutil
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -215,12 +214,23 @@ def test_recorded_seeds_are_not_run_again(tmp_path, monkeypatch, capsys):
     assert (out / "command.json").read_text() == "what they were run with"
 
 
-def test_a_picture_is_drawn(tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "benchmarks" / "results" / "dqn_cartpole", tmp_path / "some")
+@pytest.mark.parametrize("seeds, legend", [(1, "some"), (3, "some: 3 seeds"), (5, "some: mean of 5 seeds")])
+def test_a_picture_has_a_curve_per_seed_a_mean_as_far_as_all_go_and_levels(seeds, legend, tmp_path, monkeypatch):
+    (tmp_path / "some").mkdir()
+    for seed in range(seeds):  # seed s has return s, and ends at step 100 + s
+        rows = "".join(f"{step},eval/return_mean,{seed}\n" for step in (50, 100 + seed))
+        (tmp_path / "some" / f"seed_{seed}.csv").write_text(f"step,metric,value\n{rows}")
     monkeypatch.setattr(plot, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["plot.py", "some", "--out", str(tmp_path / "picture.png")])
+    out = tmp_path / "picture.png"
+    monkeypatch.setattr(sys, "argv", ["plot.py", "some", "--out", str(out), "--levels", "random", "-3.5"])
     plot.main()
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    axes = plot.plt.gcf().axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [legend, "random"]
+    *curves, level = [line.get_xydata().tolist() for line in axes.lines]
+    assert curves[:seeds] == [[[50, seed], [100 + seed, seed]] for seed in range(seeds)]
+    assert curves[seeds:] == ([[[50, 2], [100, 2]]] if seeds == 5 else [])
+    assert [y for _, y in level] == [-3.5, -3.5] and axes.get_ylim()[0] < -3.5
+    assert out.stat().st_size > 1_000
 
 
 # --- Seeds over a cluster ---
