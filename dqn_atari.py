@@ -9,8 +9,10 @@
 # ///
 """DQN on Atari: deep Q-learning from pixels (Mnih et al., Nature 518, 2015).
 
-    y = r_1 + gamma * r_2 + ... + gamma^n * max_a' Q_target(s_n, a')    the target; no maximum where the life ended
-    L = mean of Huber(y - Q(s, a))                                      the loss, over a minibatch of the memory
+    y = r_1 + ... + gamma^(n-1) * r_n + gamma^n * max_a' Q_target(s_n, a')    the target; n is --n-step
+    L = mean of Huber(y - Q(s, a))                                            the loss, over a minibatch of the memory
+
+Where the life ended the target has no maximum, and no reward after it.
 
 The algorithm of dqn_cartpole.py, which is the script to read first, with what pixels ask for: a preprocessing that
 makes 84x84 grey frames of a game, four of them stacked into an observation, a convolutional network, and a replay
@@ -33,26 +35,28 @@ Is my run healthy?       at 50,000  250,000  500,000  800,000    transitions, se
     q_taken              0.5        1.3      2.1      2.5        (the same)
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
-of play. An Atari game's train/episode_length is in frames, with those of no-ops and FIRE. A memory of a million
+of play. An Atari game's train/episode_length counts frames, those of no-ops and FIRE too. A memory of a million
 transitions takes 7 GB, each game's process 18 MB. A resumed run plays --learning-starts transitions before it learns
 on, unless --checkpoint-memory wrote the memory.
 
 A training episode is a life; an evaluation plays the whole game. In both the next life begins with one no-op and, where
 action 1 is FIRE, actions 1 and 2: the agent never learns to press FIRE, so the evaluation presses it too.
-train/episode_return is of whole games all the same, unclipped.
+train/episode_return is still the score of a whole game, unclipped.
 
 Differences from the paper: Adam, whose learning rate falls from 2e-4 to 0, instead of RMSProp; three-step returns
 (Hessel et al., "Rainbow", AAAI 2018), which carry a reward back three times as fast; He's first weights; a gradient
 step every 6 actions instead of 4, so that more is played in an hour; target copies every 667 gradient steps instead of
-10,000; 10 million transitions instead of 50; epsilon down to 0.01 after 250,000 instead of 0.1 after 1 million (and
-0.01 in evaluations, of whole games, not 0.05 and 5 minutes); learning from 20,000 on instead of 50,000; FIRE pressed
-for the agent; several games side by side; a bootstrap where a game runs out of time. As in the paper: no-op starts, 4
+10,000; 10 million transitions instead of 50; epsilon down to 0.01 after 250,000 instead of 0.1 after 1 million;
+evaluations of whole games at epsilon 0.01, not of 5 minutes at 0.05; learning from 20,000 on instead of 50,000; FIRE
+pressed for the agent; several games side by side; a bootstrap where a game runs out of time; bfloat16 on processors
+with instructions for it. As in the paper: no-op starts, 4
 frames per action, the maximum of the last two, one life per episode, rewards -1, 0, 1, the TD error clipped (Huber
 loss). No double or dueling networks, no prioritised replay.
 
 Differences from dqn_cartpole.py: AtariGame, PixelEnv and push_frames; a convolutional network; a memory of frames with
-n-step returns, refilled after a resume; CUDA where there is one, else all cores. On a CPU the same seed gives the same
-parameters with the same versions, kind of processor and number of threads.
+n-step returns, refilled after a resume; target copies; the Huber loss; an epsilon in evaluations; CUDA where there is
+one, else all cores. On a CPU the same seed gives the same parameters with the same versions, kind of processor, number
+of threads and --buffer-size, whose default can depend on the free memory.
 """
 
 import argparse
@@ -101,12 +105,12 @@ class Args:
 
     # algorithm
     total_timesteps: Count = 10_000_000  # transitions, summed over the environments; 4 emulator frames each
-    learning_starts: Count = 20_000  # transitions before the first gradient step, and before learning on at a resume
+    learning_starts: Count = 20_000  # transitions before the first gradient step; again after a resume
     train_frequency: Count = 6  # transitions per gradient step
     target_frequency: Count = 4_000  # transitions per copy of the network into the target network
     gamma: Fraction = 0.99  # discount per step
-    n_step: Annotated[int, 1, 1_000] = 3  # rewards in a target before the maximum; old actions are not corrected
-    buffer_size: Annotated[int | None, 1, 10**9] = None  # transitions in the memory (default: 1,000,000, or what fits)
+    n_step: Annotated[int, 1, 1_000] = 3  # rewards in a target before the maximum; no off-policy correction
+    buffer_size: Annotated[int | None, 1, 10**9] = None  # frames in the memory (default: 1,000,000, or what fits)
     batch_size: Count = 32  # transitions per gradient step
     network: Literal["nature", "nips"] = "nature"  # of 2015; or of 2013, a third of the multiplications
     init: Literal["he", "torch"] = "he"  # first weights: He's; or PyTorch's, with which ReLUs died on Pong
@@ -120,15 +124,15 @@ class Args:
     learning_rate: Positive = 2e-4  # step size of Adam at the start
     learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
     optimizer_eps: Positive = 1e-8  # added to what Adam divides by
-    loss: Literal["mse", "huber"] = "huber"  # of the TD error: its square, or linear beyond 1
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a CPU made for it
+    loss: Literal["mse", "huber"] = "huber"  # of the TD error: its square; or half of that, linear beyond 1
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a CPU with instructions for it
 
     # environment
     env_id: str = "BreakoutNoFrameskip-v4"  # or ALE/{Game}-v5: sticky actions; or module:Env-v0 with frames of your own
     clip_rewards: bool = True  # learn from the sign of each reward; --no-clip-rewards where sizes matter
     num_envs: Annotated[int, 1, 1_000] = 8  # games that are played side by side
     vec_env: Literal["dummy", "subproc"] = "subproc"  # in this process; or a process each
-    time_limit: Annotated[int | None, -1, 2**28] = None  # steps per game instead of the emulator's 27,000; -1: none
+    time_limit: Annotated[int | None, -1, 2**28] = None  # steps per game (default: the emulator's 27,000); -1: no limit
 
     # evaluation
     eval_every: Count = 250_000  # transitions between evaluations
@@ -139,10 +143,10 @@ class Args:
 
     # run
     seed: Annotated[int, 0, 2**30] = 1  # of the network, exploration, replay memory and environments
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto is CUDA where there is one, else the CPU
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto is CUDA where there is one, in --play the CPU
     run_dir: str = ""  # where to write the run (default: runs/{env}__{script}__{seed}__{time})
     checkpoint_every: Count = 100_000  # transitions between checkpoints
-    checkpoint_memory: bool = False  # write the replay memory too: 7 GB per million transitions, 14 while writing
+    checkpoint_memory: bool = False  # write the replay memory too: 7 GB per million, twice that while writing
     resume: str = ""  # run directory of a stopped run: go on with it
     play: str = ""  # checkpoint file: evaluate it, without training
     render: bool = False  # with --play: show three games in a window
@@ -163,7 +167,7 @@ def fit_memory(args: Args):
         free = min(free, int(limit.read_text()))
     fitting = int(0.9 * free) // (84 * 84 + 8)  # bytes: a frame, and what else belongs to it; the rest is for all else
     require(args, "buffer_size", (args.buffer_size or 1) <= fitting, f"{fitting:,} transitions fit into free memory")
-    if args.buffer_size is None:  # where not all fits, not all that fits: it has to at a resume too, with less free
+    if args.buffer_size is None:  # 0.9 of what fits: it has to fit again at a resume, with less memory free
         args.buffer_size = 1_000_000 if fitting >= 1_000_000 else math.ceil(0.9 * fitting)
         if args.buffer_size < 1_000_000:
             print(f"the replay memory holds {args.buffer_size:,} transitions: 1,000,000 do not fit into free memory")
@@ -177,7 +181,7 @@ class AtariGame(gym.Wrapper):
 
     The preprocessing of the Nature paper (Mnih et al., 2015, Methods), in one class so that its order can be read. Four
     frames per action: a reward follows its cause after a quarter as many steps, and things move visibly from one
-    observation to the next. Only screens 3 and 4 are fetched, straight from the emulator: a wrapper below has no step.
+    observation to the next. Only screens 3 and 4 are fetched, straight from the emulator: wrappers inside see no step.
 
     training=True   an episode is one life
     training=False  an episode is a whole game; step() begins the next life
@@ -326,7 +330,7 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
 
 
 def make_worker_env(args: Args, index: int):
-    """make_env in a worker process. What ends a process group, as Ctrl-C does, is for the main process to see."""
+    """make_env in a worker process. Ctrl-C goes to a whole process group; only the main process is to see it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.name == "posix":
         os.setpgrp()
@@ -343,10 +347,10 @@ def make_envs(args: Args):
     of the next episode; the last one of the ended episode is in infos[i]["terminal_observation"].
     infos[i]["TimeLimit.truncated"] says, at every step, whether the episode was cut off there without terminating.
     """
-    make_env(args).close()  # what is wrong with it is said once, and not by every worker
+    make_env(args).close()  # an environment that fails is reported once, not by every worker
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
-    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports: 11 MB each, not 160
+    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
@@ -406,8 +410,8 @@ class QNetwork(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Flatten(), hidden, nn.ReLU()).to(memory_format=torch.channels_last)
         self.head = nn.Linear(hidden.out_features, action_space.n)
         if args.init == "he":
-            # A layer of PyTorch's weights, with its ReLU, passes on a sixth of the variance between two screens; one of
-            # He's (He et al., ICCV 2015) all of it: a ball of a few pixels reaches the head, which has no ReLU.
+            # With PyTorch's weights a layer and its ReLU keep a sixth of the variance between two screens, with He's
+            # (He et al., ICCV 2015) all of it, so that a small ball still shows at the head.
             for layer in (*convolutions, hidden):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
@@ -429,7 +433,7 @@ class Batch(NamedTuple):
 
     obs: torch.Tensor  # (B, 4, 84, 84) uint8
     actions: torch.Tensor  # (B,)
-    rewards: torch.Tensor  # (B,): r_t + gamma * r_t+1 + ... over the m transitions
+    rewards: torch.Tensor  # (B,): r_t + gamma * r_(t+1) + ... over the m transitions
     next_obs: torch.Tensor  # (B, 4, 84, 84) uint8: m steps later
     terminated: torch.Tensor  # (B,), 1.0 or 0.0; 0.0 also where only time ran out
     discounts: torch.Tensor  # (B,): gamma^m, which weighs the bootstrap
@@ -448,7 +452,7 @@ class ReplayMemory:
 
     def __init__(self, buffer_size: int, num_envs: int):
         self.num_envs = num_envs
-        slots = math.ceil(buffer_size / num_envs) + 5  # 5: the 3 oldest, the newest, one that ended an episode
+        slots = math.ceil(buffer_size / num_envs) + 5  # 5: the 3 oldest, the newest, one end of an episode
         self.capacity = slots * num_envs
         self.arrays = {
             "frames": np.empty((self.capacity, 84, 84), np.uint8),  # takes physical memory only as it is written
@@ -495,8 +499,8 @@ class ReplayMemory:
             index[rejected] = torch.randint(self.filled, (rejected.size,)).numpy()
 
         last, discounts, rewards = index, np.full(batch_size, gamma, np.float32), arrays["rewards"][index]
-        # One transition further, unless the next slot is not drawable: it holds the end of the episode, or the newest
-        # frame, and nothing was done there. (The 3 oldest are not drawable either, but the newest stands before them.)
+        # One transition further, if there is one: a slot that holds the end of an episode, or the newest frame, is not
+        # drawable. (The newest is met before the 3 oldest, which are not drawable either.)
         for _ in range(n_step - 1):
             following = (last + self.num_envs) % self.capacity
             follows = arrays["drawable"][following]
@@ -547,7 +551,7 @@ def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, l
     y = r                                      where it terminated: what the game pays after a lost life does not count
 
     With n-step returns r is the sum of m <= n discounted rewards, s' is m steps later, and gamma^m takes the place of
-    gamma (batch.discounts). The actions in between are those of old networks, or random: y is off by what they cost.
+    gamma (batch.discounts). The actions in between are those of old networks, or random, and nothing corrects for it.
     q_values: Q(s, .), (B, A). next_q_values: Q_target(s', .), (B, A), without gradient: only Q(s, a) is to move.
     """
     q_taken = q_values.gather(1, batch.actions.unsqueeze(1)).squeeze(1)  # (B, A) -> (B,)
@@ -588,10 +592,10 @@ def train(args: Args) -> dict:
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, **kept)
     counters = ("global_step", "gradient_steps", "target_syncs")
     global_step, gradient_steps, target_syncs = (run.counts.get(name, 0) for name in counters)  # 0, unless resumed
-    # A resumed run goes on from where it is, also where its --train-frequency is another.
+    # After a resume, counted back from global_step: --train-frequency may have changed.
     learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
-    if args.resume and not args.checkpoint_memory:
-        learning_starts += args.learning_starts if gradient_steps else global_step  # the memory is empty
+    if args.resume and not args.checkpoint_memory:  # the memory is empty: as many transitions again before learning
+        learning_starts += args.learning_starts if gradient_steps else global_step
         tqdm.write(f"no learning until {args.learning_starts:,} transitions have refilled the replay memory")
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     frames = envs.reset()
@@ -626,8 +630,7 @@ def train(args: Args) -> dict:
             gradient_steps += 1
 
             # Sync the target each time a multiple of target_frequency is crossed; a step stands for train_frequency.
-            seen = gradient_steps * args.train_frequency  # transitions
-            if seen // args.target_frequency > (seen - args.train_frequency) // args.target_frequency:
+            if gradient_steps * args.train_frequency % args.target_frequency < args.train_frequency:
                 target_network.load_state_dict(q_network.state_dict())
                 target_syncs += 1
 
@@ -650,7 +653,7 @@ def train(args: Args) -> dict:
         run.log_episodes(global_step, infos)  # of whole games, with their raw scores
 
         # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
-        if global_step // args.eval_every > (global_step - args.num_envs) // args.eval_every:
+        if global_step % args.eval_every < args.num_envs:
             run.evaluate(global_step, eval_seed)
         run.tick(global_step=global_step, gradient_steps=gradient_steps, target_syncs=target_syncs)
 
@@ -775,7 +778,7 @@ class Run:
             raise UsageError(f"cannot make the run directory {self.dir}: {error.strerror}") from None
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         self.csv = open(self.dir / "progress.csv", "a")
-        self.csv.seek(self.csv.truncate(min(self.record["csv_size"], self.csv.tell())))  # what followed comes again
+        self.csv.seek(self.csv.truncate(min(self.record["csv_size"], self.csv.tell())))  # the rest is written again
         self.csv.write("" if args.resume else "step,metric,value\n")
         self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.counts["global_step"] + 1)
         self.bar = tqdm(total=args.total_timesteps, initial=self.counts["global_step"], unit=" steps", disable=None)
@@ -824,7 +827,7 @@ class Run:
 
     def tick(self, **counts: int):
         """Once per iteration: move the bar, save where a checkpoint is due, save and end where a signal asks for it."""
-        step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # it may come late
+        step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # read once
         self.counts = counts
         self.bar.update(step - self.bar.n)
         if stopped_by or step // self.args.checkpoint_every > last_step // self.args.checkpoint_every:

@@ -82,7 +82,7 @@ class Args:
     learning_starts: Count = 1_000  # transitions before the first gradient step
     train_frequency: Count = 4  # transitions per gradient step
     target_frequency: Count = 4  # transitions per update of the target network
-    tau: Annotated[float, 1e-6, 1] = 0.02  # how far that update moves it to the online network; 1 makes it a copy
+    tau: Annotated[float, 1e-6, 1] = 0.02  # share of the way to the online network that it then moves; 1: a copy
     gamma: Fraction = 0.99  # discount per step
     buffer_size: Count = 100_000  # transitions in the replay memory
     batch_size: Count = 256  # transitions per gradient step
@@ -97,7 +97,7 @@ class Args:
     learning_rate: Positive = 1e-3  # step size of Adam at the start
     learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
     optimizer_eps: Positive = 1e-4  # added to what Adam divides by
-    loss: Literal["mse", "huber"] = "mse"  # of the TD error: its square, or linear beyond 1
+    loss: Literal["mse", "huber"] = "mse"  # of the TD error: its square; or half of that, linear beyond 1
 
     # environment
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:EnvName-v0 imports your own module first
@@ -132,7 +132,7 @@ class Args:
 
 
 class VectorEnv(gym.Wrapper):
-    """Adapts an environment, as users write them, to what the rest relies on.
+    """Gives an environment, as users write them, the form that the rest relies on.
 
     Observations become float32 vectors, copied, since some environments overwrite theirs; Discrete, Tuple and Dict are
     flattened. Actions become NumPy integers, as action_space.sample() gives them. The info becomes empty.
@@ -180,7 +180,7 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
 
 
 def make_worker_env(args: Args, index: int):
-    """make_env in a worker process. What ends a process group, as Ctrl-C does, is for the main process to see."""
+    """make_env in a worker process. Ctrl-C goes to a whole process group; only the main process is to see it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.name == "posix":
         os.setpgrp()
@@ -197,10 +197,10 @@ def make_envs(args: Args):
     of the next episode; the last one of the ended episode is in infos[i]["terminal_observation"].
     infos[i]["TimeLimit.truncated"] says, at every step, whether the episode was cut off there without terminating.
     """
-    make_env(args).close()  # what is wrong with it is said once, and not by every worker
+    make_env(args).close()  # an environment that fails is reported once, not by every worker
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
-    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports: 11 MB each, not 160
+    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
@@ -289,7 +289,7 @@ def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, g
     y = r + gamma * max_a' Q_target(s', a')    where the episode went on, or only ran out of time (truncated)
     y = r                                      where it ended for good (terminated): no reward can follow
 
-    The maximum, whichever action came next, makes it right to learn from old and random transitions (off-policy).
+    The best next action counts, not the one that was taken: so old and random transitions teach too (off-policy).
     q_values: Q(s, .), (B, A). next_q_values: Q_target(s', .), (B, A), without gradient: only Q(s, a) is to move.
     """
     q_taken = q_values.gather(1, batch.actions.unsqueeze(1)).squeeze(1)  # (B, A) -> (B,)
@@ -333,7 +333,7 @@ def train(args: Args) -> dict:
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, memory=memory)
     counters = ("global_step", "gradient_steps", "target_syncs")
     global_step, gradient_steps, target_syncs = (run.counts.get(name, 0) for name in counters)  # 0, unless resumed
-    # A resumed run goes on from where it is, also where its --train-frequency is another.
+    # After a resume, counted back from global_step: --train-frequency may have changed.
     learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     obs = envs.reset()
@@ -365,8 +365,7 @@ def train(args: Args) -> dict:
             gradient_steps += 1
 
             # Sync the target each time a multiple of target_frequency is crossed; a step stands for train_frequency.
-            seen = gradient_steps * args.train_frequency  # transitions
-            if seen // args.target_frequency > (seen - args.train_frequency) // args.target_frequency:
+            if gradient_steps * args.train_frequency % args.target_frequency < args.train_frequency:
                 update_target(target_network, q_network, args.tau)
                 target_syncs += 1
 
@@ -389,7 +388,7 @@ def train(args: Args) -> dict:
         run.log_episodes(global_step, infos)
 
         # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
-        if global_step // args.eval_every > (global_step - args.num_envs) // args.eval_every:
+        if global_step % args.eval_every < args.num_envs:
             run.evaluate(global_step, eval_seed)
         run.tick(global_step=global_step, gradient_steps=gradient_steps, target_syncs=target_syncs)
 
@@ -508,7 +507,7 @@ class Run:
             raise UsageError(f"cannot make the run directory {self.dir}: {error.strerror}") from None
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         self.csv = open(self.dir / "progress.csv", "a")
-        self.csv.seek(self.csv.truncate(min(self.record["csv_size"], self.csv.tell())))  # what followed comes again
+        self.csv.seek(self.csv.truncate(min(self.record["csv_size"], self.csv.tell())))  # the rest is written again
         self.csv.write("" if args.resume else "step,metric,value\n")
         self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.counts["global_step"] + 1)
         self.bar = tqdm(total=args.total_timesteps, initial=self.counts["global_step"], unit=" steps", disable=None)
@@ -557,7 +556,7 @@ class Run:
 
     def tick(self, **counts: int):
         """Once per iteration: move the bar, save where a checkpoint is due, save and end where a signal asks for it."""
-        step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # it may come late
+        step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # read once
         self.counts = counts
         self.bar.update(step - self.bar.n)
         if stopped_by or step // self.args.checkpoint_every > last_step // self.args.checkpoint_every:

@@ -6,13 +6,13 @@
 #     "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.16",
 # ]
 # ///
-"""Recurrent DQN on CartPole: the same DQN with a memory, where one observation does not tell the state.
+"""Recurrent DQN on CartPole: DQN that remembers, for tasks where one observation does not tell the state.
 
     y_t = r_t + ... + gamma^(n-1) * r_(t+n-1) + gamma^n * max_a' Q_target(h_(t+n), a')    the target; n is --n-step
-    L   = mean of (y_t - Q(h_t, a_t))^2                                 the loss, over sequences of the memory
+    L   = mean of (y_t - Q(h_t, a_t))^2                                 the loss, over replayed sequences
 
-CartPole shows positions only here (--hide velocity), not which way they move. What was seen and done before tells that,
-so Q depends on h_t, the episode up to step t, which an LSTM reads observation by observation: Hausknecht and Stone,
+Here CartPole hides its velocities (--hide velocity). They follow from earlier observations and actions, so Q depends
+on h_t, the episode up to step t, which an LSTM reads observation by observation: Hausknecht and Stone,
 "Deep Recurrent Q-Learning for Partially Observable MDPs" (2015); Kapturowski et al., "Recurrent Experience Replay in
 Distributed Reinforcement Learning" (R2D2, ICLR 2019). Read dqn_cartpole.py first.
 
@@ -27,12 +27,12 @@ Training takes about 76 s on one core. Without a memory, seeds 1 to 5 end betwee
 
 Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of ten seeds; lowest and highest at the end)
     evaluation           279        500        500          (399 to 500)
-    return_mean_100      142        437        436          (385 to 489; about 15 %, later 10 % of actions are random)
+    return_mean_100      142        437        436          (385 to 489; a tenth of the actions are random)
     loss                 22         28         2            (0.1 to 59; of one minibatch)
     q_taken              42         88         98           (94 to 101; no true value is above 1 / (1 - gamma) = 100)
 
-What is fed to which network. In the memory is an episode of 5 steps: observations o0 to o5, actions a0 to a4; the pole
-falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient step may read this sequence:
+What is fed to which network. In the replay memory is an episode of 5 steps: observations o0 to o5, actions a0 to a4;
+the pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient step may read this sequence:
 
     position          0        1        2                      3        4        5
     observation       o1       o2       o3                     o4       o5       -
@@ -47,14 +47,14 @@ falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient step ma
 3. The target of Q(o3, a3) takes Q' one position later (n, with --n-step n), from the same pass over the sequence. Were
    o4 alone fed to the target network, it would know nothing of o3.
 4. It ends with its episode. Had time run out at o5, the target would be r4 + gamma max Q'(o5). Padding counts nowhere.
-5. Where the episode has fewer than 2 steps before the loss is to begin, it begins at o0, from a state of zeros, and the
-   burn-in is ignored. Where a full memory has lost those steps, it begins at the oldest, from the state stored then.
+5. If fewer than 2 steps of the episode come before the loss, the sequence starts at o0, with a state of zeros and no
+   burn-in. If the replay memory has overwritten those steps, it starts at the oldest, with the state stored there.
 
 Differences from the papers: vectors; sequences of 16 steps after 8, not 80 after 40; no distributed actors; a target
-that moves a little at a time; layer normalisation; a learning rate that falls; an average of the weights is evaluated
-(Polyak and Juditsky 1992); a bootstrap where time ran out. No prioritised replay, double or dueling networks, or
-rescaled values. Differences from dqn_cartpole.py: units and the last action in make_env; sequences, unroll, n-step
-targets, an average of the weights; a state per environment.
+that moves a little at a time; layer normalisation; a learning rate that falls; a moving average of the weights is
+evaluated (after Polyak and Juditsky 1992); a bootstrap where time ran out. No prioritised replay, double or dueling
+networks, or rescaled values. Differences from dqn_cartpole.py: units and the last action in make_env; sequences,
+unroll, n-step targets, clipped gradients, layer normalisation, an average of the weights; a state per environment.
 """
 
 import argparse
@@ -102,15 +102,15 @@ class Args:
     learning_starts: Count = 1_000  # transitions before the first gradient step
     train_frequency: Count = 20  # transitions per gradient step
     target_frequency: Count = 20  # transitions per update of the target network
-    tau: Annotated[float, 1e-6, 1] = 0.02  # how far that update moves it to the online network; 1 makes it a copy
-    average_steps: Count = 1_000  # gradient steps over which the evaluated network averages the online one; 1: none
+    tau: Annotated[float, 1e-6, 1] = 0.02  # share of the way to the online network that it then moves; 1: a copy
+    average_steps: Count = 1_000  # time constant, in gradient steps, of the average that is evaluated; 1: none
     gamma: Fraction = 0.99  # discount per step
     n_step: Annotated[int, 1, 1_000] = 5  # rewards in a TD target before the bootstrap; fewer at a sequence's end
     buffer_size: Count = 100_000  # transitions in the replay memory
     batch_size: Count = 64  # sequences per gradient step
     sequence_length: Count = 16  # steps of a sequence that carry loss (fewer where the episode ends)
     burn_in: Annotated[int, 0, 10**9] = 8  # steps before those, without loss, that bring the state up to date
-    initial_state: Literal["stored", "zero"] = "stored"  # of a sequence: what was remembered then, or zeros
+    initial_state: Literal["stored", "zero"] = "stored"  # of a sequence: what the LSTM remembered then, or zeros
     memory: Literal["lstm", "none"] = "lstm"  # none: feed-forward layers of the same width in place of the LSTM
     hidden_size: Annotated[int, 1, 10_000] = 64  # units in each layer
     num_layers: Annotated[int, 1, 100] = 1  # layers of the LSTM, or of what stands in its place
@@ -124,7 +124,7 @@ class Args:
     learning_rate: Positive = 2e-3  # step size of Adam at the start
     learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
     optimizer_eps: Positive = 1e-8  # added to what Adam divides by
-    loss: Literal["mse", "huber"] = "mse"  # of the TD error: its square, or linear beyond 1
+    loss: Literal["mse", "huber"] = "mse"  # of the TD error: its square; or half of that, linear beyond 1
     max_grad_norm: NonNegative = 10.0  # largest global norm of the gradient; 0: not clipped
 
     # environment
@@ -246,7 +246,7 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
 
 
 def make_worker_env(args: Args, index: int):
-    """make_env in a worker process. What ends a process group, as Ctrl-C does, is for the main process to see."""
+    """make_env in a worker process. Ctrl-C goes to a whole process group; only the main process is to see it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.name == "posix":
         os.setpgrp()
@@ -263,10 +263,10 @@ def make_envs(args: Args):
     of the next episode; the last one of the ended episode is in infos[i]["terminal_observation"].
     infos[i]["TimeLimit.truncated"] says, at every step, whether the episode was cut off there without terminating.
     """
-    make_env(args).close()  # what is wrong with it is said once, and not by every worker
+    make_env(args).close()  # an environment that fails is reported once, not by every worker
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
-    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports: 11 MB each, not 160
+    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
@@ -288,7 +288,7 @@ def select_device(name: str, auto: str) -> torch.device:
 class QNetwork(nn.Module):
     """Q-values of T steps of B sequences: obs (T, B, obs_dim), state -> q_values (T, B, A), the state after them.
 
-    The state is what the network remembers: h and c of each layer of the LSTM, (2, num_layers, B, hidden_size).
+    The state is what the network remembers: PyTorch's h and c of each layer, (2, num_layers, B, hidden_size).
     """
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
@@ -371,7 +371,7 @@ class ReplayMemory:
 
         It starts 0 to length - 1 steps before, so that what is drawn stands anywhere in it, and reads burn_in steps
         before that. Where fewer are to be had, it starts where they begin, without burn-in: with the episode, or with
-        what a full ring still holds. (What was drawn may then lie after its end.)
+        what a full ring still holds. (It may then end before what was drawn.)
         """
         columns, n, stored = self.columns, self.num_envs, min(self.added, self.capacity)
         drawn = torch.randint(stored, (batch_size,))
@@ -397,7 +397,7 @@ class ReplayMemory:
 
     def load_state_dict(self, state: dict):
         if state["shape"] != [self.capacity, self.num_envs]:  # slots would belong to other environments
-            raise ValueError("its memory holds {:,} transitions of {} environments".format(*state["shape"]))
+            raise ValueError("its replay memory has another --buffer-size or --num-envs")
         self.added = state["added"]
         for name, column in self.columns.items():
             column.copy_(state["columns"][name])
@@ -421,8 +421,8 @@ def td_loss(q_values, next_q_values, batch: Batch, gamma: float, n_step: int, lo
 
     y_t = r_t + ... + gamma^(n-1) * r_(t+n-1) + gamma^n * max_a' Q_target(h_(t+n), a')    with n = n_step
 
-    No maximum where the episode terminated; fewer rewards where time ran out, or the sequence ends. More rewards mean
-    faster news, and less trust in one's own estimates; but the actions in between were those of an older network, or
+    No maximum where the episode terminated; fewer rewards where time ran out, or the sequence ends. With a larger n
+    rewards travel back faster, and Q_target counts less; but the actions in between were those of an older network, or
     random, and nothing corrects for that (nor does R2D2, with n = 5). q_values: Q of the online network, (T, B, A).
     next_q_values: Q_target one step later, (T, B, A), without gradient.
     """
@@ -430,7 +430,7 @@ def td_loss(q_values, next_q_values, batch: Batch, gamma: float, n_step: int, lo
     next_q_max = next_q_values.max(dim=2).values  # (T, B, A) -> (T, B)
     discount = gamma * (1.0 - batch.terminated)
     td_target = one_step = batch.rewards + discount * next_q_max
-    for _ in range(n_step - 1):  # y_t = r_t + gamma * y_t+1, wherever the sequence holds step t + 1 of this episode
+    for _ in range(n_step - 1):  # y_t = r_t + gamma * y_(t+1), wherever the sequence holds step t + 1 of this episode
         longer = batch.rewards[:-1] + discount[:-1] * td_target[1:]
         td_target = torch.cat([torch.where(batch.learn[1:], longer, one_step[:-1]), one_step[-1:]])
     q_taken, td_target = q_taken[batch.learn], td_target[batch.learn]  # (T, B) -> (number of steps that carry loss,)
@@ -472,7 +472,7 @@ def train(args: Args) -> dict:
     run = Run(args, envs, average_network, **parts)
     counters = ("global_step", "gradient_steps", "target_syncs")
     global_step, gradient_steps, target_syncs = (run.counts.get(name, 0) for name in counters)  # 0, unless resumed
-    # A resumed run goes on from where it is, also where its --train-frequency is another.
+    # After a resume, counted back from global_step: --train-frequency may have changed.
     learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     obs = envs.reset()
@@ -510,13 +510,11 @@ def train(args: Args) -> dict:
                 nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm)
             optimizer.step()
             gradient_steps += 1
-            # Evaluated is an average of the weights. The policy hangs on small differences of large Q-values, and each
-            # single gradient step moves them.
+            # An average of the weights is evaluated: the small changes of each gradient step can change the policy.
             update_target(average_network, q_network, 1 / min(gradient_steps, args.average_steps))
 
             # Sync the target each time a multiple of target_frequency is crossed; a step stands for train_frequency.
-            seen = gradient_steps * args.train_frequency  # transitions
-            if seen // args.target_frequency > (seen - args.train_frequency) // args.target_frequency:
+            if gradient_steps * args.train_frequency % args.target_frequency < args.train_frequency:
                 update_target(target_network, q_network, args.tau)
                 target_syncs += 1
 
@@ -542,7 +540,7 @@ def train(args: Args) -> dict:
         state[:, :, dones] = 0.0  # a new episode remembers nothing, in whichever way the last one ended
 
         # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
-        if global_step // args.eval_every > (global_step - args.num_envs) // args.eval_every:
+        if global_step % args.eval_every < args.num_envs:
             run.evaluate(global_step, eval_seed)
         run.tick(global_step=global_step, gradient_steps=gradient_steps, target_syncs=target_syncs)
 
@@ -663,7 +661,7 @@ class Run:
             raise UsageError(f"cannot make the run directory {self.dir}: {error.strerror}") from None
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         self.csv = open(self.dir / "progress.csv", "a")
-        self.csv.seek(self.csv.truncate(min(self.record["csv_size"], self.csv.tell())))  # what followed comes again
+        self.csv.seek(self.csv.truncate(min(self.record["csv_size"], self.csv.tell())))  # the rest is written again
         self.csv.write("" if args.resume else "step,metric,value\n")
         self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.counts["global_step"] + 1)
         self.bar = tqdm(total=args.total_timesteps, initial=self.counts["global_step"], unit=" steps", disable=None)
@@ -712,7 +710,7 @@ class Run:
 
     def tick(self, **counts: int):
         """Once per iteration: move the bar, save where a checkpoint is due, save and end where a signal asks for it."""
-        step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # it may come late
+        step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # read once
         self.counts = counts
         self.bar.update(step - self.bar.n)
         if stopped_by or step // self.args.checkpoint_every > last_step // self.args.checkpoint_every:

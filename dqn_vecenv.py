@@ -6,43 +6,39 @@
 #     "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.16",
 # ]
 # ///
-"""DQN over many environments: dqn_cartpole.py in worker processes, and what each kind of VecEnv costs.
+"""DQN over many environments: dqn_cartpole.py, fed by worker processes, by EnvPool or by Ray.
 
     y = r + gamma * max_a' Q_target(s', a')    the target; y = r where the episode terminated
     L = mean of (y - Q(s, a))^2                the loss, over a minibatch from the replay memory
 
-The algorithm is that of dqn_cartpole.py (Mnih et al., Nature 518, 2015). This script is about what feeds it: several
-environments side by side, in a process each (--vec-env subproc), in this process (dummy), in the threads of EnvPool's
-C++ (envpool), or on the machines of a Ray cluster (ray).
+The algorithm (Mnih et al., Nature 518, 2015) and its defaults are those of dqn_cartpole.py, which computes the same to
+the bit: 500.0 of 500 on 19 of 20 seeds. This script is about what feeds it: several environments side by side, in a
+process each (--vec-env subproc), in this process (dummy), in the threads of EnvPool's C++ (envpool), or on the machines
+of a Ray cluster (ray). Training takes about 36 s on two cores; for steps as short as CartPole's, dummy is quicker.
+docs/performance.md says which one pays when.
 
     python dqn_vecenv.py
     python dqn_vecenv.py --env-id corridor:Corridor-v0           # an environment of your own: see the README
-    RAY_ADDRESS=HOST:6379 python dqn_vecenv.py --vec-env ray     # on a cluster; without an address on this machine
-    python dqn_vecenv.py --resume runs/NAME --total-timesteps 200000
-    python dqn_vecenv.py --play runs/NAME/best.pt --render
-
-With the same flags it computes the same as dqn_cartpole.py to the bit, so results, and what a healthy run looks like,
-are in that script's docstring: 500.0 of 500 on 19 of 20 seeds. Training takes about 36 s on two cores.
+    RAY_ADDRESS=HOST:6379 python dqn_vecenv.py --vec-env ray     # on a node of a cluster; without an address: here
 
 One iteration of the loop, with n environments, and where it happens:
 
     main process                               worker i of n
     choose n actions in one batch              wait for an action
     write action i to pipe i            -->    read it; step the environment
-    learn: gradient steps, as many as the      where the episode ended: keep its last observation in the info, reset
-      n transitions are worth
+    learn: n / train_frequency steps           where the episode ended: keep its last observation in the info, reset
     read n results, in order            <--    write observation, reward, end, info
     store n transitions
 
-Only the learning overlaps with the environments. Each worker imports this script: a fork server that has imported the
-heavy libraries once lets them share the pages. Where there is none, as on Windows, a worker takes 160 MB, not 11.
+Only the learning overlaps with the environments, and evaluations play in the main process. Each worker imports this
+script; a fork server that has imported the libraries once lets them share the pages. Where there is none, as on
+Windows, a worker takes 160 MB, not 11.
 
 Four things are easy to get wrong. Gradient steps are counted per transition, not per iteration. Each environment draws
 for itself whether it explores. Environment i gets seed + i, or all would play the same episodes. And after the end of
 an episode the VecEnv returns the first observation of the next one; the last one of the ended episode is in the info.
 
-Differences from dqn_cartpole.py. Arguments: worker processes by default, --vec-env envpool and ray. Environment:
-EnvPoolVecEnv, RayVecEnv. The algorithm, its defaults and the loop are the same.
+Differences from dqn_cartpole.py: worker processes by default; EnvPoolVecEnv; RayVecEnv.
 """
 
 import argparse
@@ -55,7 +51,6 @@ import os
 import random
 import signal
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -91,7 +86,7 @@ class Args:
     learning_starts: Count = 1_000  # transitions before the first gradient step
     train_frequency: Count = 4  # transitions per gradient step
     target_frequency: Count = 4  # transitions per update of the target network
-    tau: Annotated[float, 1e-6, 1] = 0.02  # how far that update moves it to the online network; 1 makes it a copy
+    tau: Annotated[float, 1e-6, 1] = 0.02  # share of the way to the online network that it then moves; 1: a copy
     gamma: Fraction = 0.99  # discount per step
     buffer_size: Count = 100_000  # transitions in the replay memory
     batch_size: Count = 256  # transitions per gradient step
@@ -106,7 +101,7 @@ class Args:
     learning_rate: Positive = 1e-3  # step size of Adam at the start
     learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
     optimizer_eps: Positive = 1e-4  # added to what Adam divides by
-    loss: Literal["mse", "huber"] = "mse"  # of the TD error: its square, or linear beyond 1
+    loss: Literal["mse", "huber"] = "mse"  # of the TD error: its square; or half of that, linear beyond 1
 
     # environment
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:EnvName-v0 imports your own module first
@@ -141,7 +136,7 @@ class Args:
 
 
 class VectorEnv(gym.Wrapper):
-    """Adapts an environment, as users write them, to what the rest relies on.
+    """Gives an environment, as users write them, the form that the rest relies on.
 
     Observations become float32 vectors, copied, since some environments overwrite theirs; Discrete, Tuple and Dict are
     flattened. Actions become NumPy integers, as action_space.sample() gives them. The info becomes empty.
@@ -189,7 +184,7 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
 
 
 def make_worker_env(args: Args, index: int):
-    """make_env in a worker process. What ends a process group, as Ctrl-C does, is for the main process to see."""
+    """make_env in a worker process. Ctrl-C goes to a whole process group; only the main process is to see it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.name == "posix":
         os.setpgrp()
@@ -206,10 +201,10 @@ def make_envs(args: Args):
     of the next episode; the last one of the ended episode is in infos[i]["terminal_observation"].
     infos[i]["TimeLimit.truncated"] says, at every step, whether the episode was cut off there without terminating.
     """
-    make_env(args).close()  # what is wrong with it is said once, and not by every worker
+    make_env(args).close()  # an environment that fails is reported once, not by every worker
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
-    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports: 11 MB each, not 160
+    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
@@ -218,11 +213,10 @@ def make_envs(args: Args):
 
 
 class EnvPoolVecEnv:
-    """EnvPool's environments, for training (evaluations play Gymnasium's), behind what the loop uses of SB3's VecEnv.
+    """EnvPool's environments, behind what training uses of SB3's VecEnv; evaluations play Gymnasium's.
 
     EnvPool resets an environment in the step after the one that ended its episode: that step ignores its action and
-    gives reward 0. Stored, it would be a transition that never happened. Here the ended ones are reset inside the step
-    that ended them, and their last observations go to the infos.
+    gives reward 0. Stored, it would be a transition that never happened. Here ended ones are reset inside that step.
     """
 
     def __init__(self, args: Args):
@@ -236,8 +230,7 @@ class EnvPoolVecEnv:
         plain = env.unwrapped.observation_space.shape == env.observation_space.shape
         require(args, "env_id", plain, "EnvPool's observations of it are no vectors")
         env.close()
-        # The time limit is kept here. EnvPool calls it a truncation when the task ends at the very step of its limit: a
-        # fall there would be bootstrapped from.
+        # The limit is counted here: EnvPool calls a fall at the very step of its limit a truncation.
         self.make = partial(envpool.make_gymnasium, args.env_id, num_envs=args.num_envs, max_episode_steps=2**31 - 1)
 
     def seed(self, seed: int):
@@ -258,10 +251,10 @@ class EnvPoolVecEnv:
         truncated = (self.lengths >= self.time_limit) & ~terminated
         infos = [{"TimeLimit.truncated": timeout} for timeout in truncated]
         ended = np.flatnonzero(terminated | truncated)
+        for i in ended:
+            infos[i]["terminal_observation"] = obs[i].copy()
+            infos[i]["episode"] = {"r": self.returns[i], "l": self.lengths[i]}
         if len(ended):
-            for i in ended:
-                infos[i]["terminal_observation"] = obs[i].copy()
-                infos[i]["episode"] = {"r": self.returns[i], "l": self.lengths[i]}
             first_obs, info = self.pool.reset(ended.astype(np.int32))  # it reads 32 bits, and does not convert
             obs[info["env_id"]] = first_obs
             self.returns[ended], self.lengths[ended] = 0.0, 0
@@ -272,29 +265,26 @@ class EnvPoolVecEnv:
 
 
 class RayVecEnv:
-    """Environments in Ray actors, on this machine or on the cluster that $RAY_ADDRESS names, behind SB3's interface.
-
-    An actor holds a DummyVecEnv of one environment, so resets, last observations and infos are SB3's own.
-    """
+    """SB3's DummyVecEnv of one environment in each of num_envs Ray actors, here or on the cluster at $RAY_ADDRESS."""
 
     def __init__(self, args: Args):
         require(args, "vec_env", importlib.util.find_spec("ray"), "first: pip install ray")
         import ray
 
-        env = make_env(args)
-        self.observation_space, self.action_space = env.observation_space, env.action_space
-        env.close()
-        if not ray.is_initialized():  # the nodes of a cluster get the current folder's modules; here they are at hand
-            address, handler = os.environ.get("RAY_ADDRESS", "local"), signal.getsignal(signal.SIGTERM)
-            modules = {} if address == "local" else {"working_dir": ".", "excludes": ["runs"]}
-            try:
-                ray.init(address, runtime_env=modules, log_to_driver=False)
-            except ConnectionError as error:
-                raise UsageError(f"--vec-env ray: RAY_ADDRESS {address}: {error}") from None
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, handler)  # ray.init has set its own, which would end a run unsaved
+        with make_env(args) as env:
+            self.observation_space, self.action_space = env.observation_space, env.action_space
+        address, handler = os.environ.get("RAY_ADDRESS", "local"), signal.getsignal(signal.SIGTERM)
+        # The nodes of a cluster are sent this script's folder, for modules of your own.
+        modules = {} if address == "local" else {"working_dir": sys.path[0] or ".", "excludes": ["runs"]}
+        try:
+            ray.init(address, runtime_env=modules, log_to_driver=False, ignore_reinit_error=True)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UsageError(f"--vec-env ray: RAY_ADDRESS {address}: {error}") from None
+        if signal.getsignal(signal.SIGTERM) != handler:
+            signal.signal(signal.SIGTERM, handler)  # Ray's own would end a run unsaved
         actor, self.get, self.kill = ray.remote(scheduling_strategy="SPREAD")(DummyVecEnv), ray.get, ray.kill
         self.actors = [actor.remote([partial(make_worker_env, args, index)]) for index in range(args.num_envs)]
+        self.seed(0)  # waits for the actors: one that fails does so before there is a run directory
 
     def seed(self, seed: int):
         self.get([actor.seed.remote(seed + i) for i, actor in enumerate(self.actors)])
@@ -310,6 +300,7 @@ class RayVecEnv:
         return np.concatenate(obs), np.concatenate(rewards), np.concatenate(dones), [info for (info,) in infos]
 
     def close(self):
+        self.get([actor.close.remote() for actor in self.actors])  # closes the environments, which kill does not
         for actor in self.actors:
             self.kill(actor)
 
@@ -395,7 +386,7 @@ def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, g
     y = r + gamma * max_a' Q_target(s', a')    where the episode went on, or only ran out of time (truncated)
     y = r                                      where it ended for good (terminated): no reward can follow
 
-    The maximum, whichever action came next, makes it right to learn from old and random transitions (off-policy).
+    The best next action counts, not the one that was taken: so old and random transitions teach too (off-policy).
     q_values: Q(s, .), (B, A). next_q_values: Q_target(s', .), (B, A), without gradient: only Q(s, a) is to move.
     """
     q_taken = q_values.gather(1, batch.actions.unsqueeze(1)).squeeze(1)  # (B, A) -> (B,)
@@ -429,8 +420,7 @@ def train(args: Args) -> dict:
     # Below 2^30, so that what is added stays below 2^31: some environments hand their seed to a C int.
     train_seed, eval_seed, final_seed = (int(s) % 2**30 for s in np.random.SeedSequence(args.seed).generate_state(3))
 
-    backends = {"envpool": EnvPoolVecEnv, "ray": RayVecEnv}
-    envs = backends.get(args.vec_env, make_envs)(args)
+    envs = {"envpool": EnvPoolVecEnv, "ray": RayVecEnv}.get(args.vec_env, make_envs)(args)
     q_network = QNetwork(envs.observation_space, envs.action_space, args).to(device)
     target_network = copy.deepcopy(q_network)
     optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, eps=args.optimizer_eps, fused=True)
@@ -440,7 +430,7 @@ def train(args: Args) -> dict:
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, memory=memory)
     counters = ("global_step", "gradient_steps", "target_syncs")
     global_step, gradient_steps, target_syncs = (run.counts.get(name, 0) for name in counters)  # 0, unless resumed
-    # A resumed run goes on from where it is, also where its --train-frequency is another.
+    # After a resume, counted back from global_step: --train-frequency may have changed.
     learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     obs = envs.reset()
@@ -472,8 +462,7 @@ def train(args: Args) -> dict:
             gradient_steps += 1
 
             # Sync the target each time a multiple of target_frequency is crossed; a step stands for train_frequency.
-            seen = gradient_steps * args.train_frequency  # transitions
-            if seen // args.target_frequency > (seen - args.train_frequency) // args.target_frequency:
+            if gradient_steps * args.train_frequency % args.target_frequency < args.train_frequency:
                 update_target(target_network, q_network, args.tau)
                 target_syncs += 1
 
@@ -496,7 +485,7 @@ def train(args: Args) -> dict:
         run.log_episodes(global_step, infos)
 
         # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
-        if global_step // args.eval_every > (global_step - args.num_envs) // args.eval_every:
+        if global_step % args.eval_every < args.num_envs:
             run.evaluate(global_step, eval_seed)
         run.tick(global_step=global_step, gradient_steps=gradient_steps, target_syncs=target_syncs)
 
@@ -615,7 +604,7 @@ class Run:
             raise UsageError(f"cannot make the run directory {self.dir}: {error.strerror}") from None
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         self.csv = open(self.dir / "progress.csv", "a")
-        self.csv.seek(self.csv.truncate(min(self.record["csv_size"], self.csv.tell())))  # what followed comes again
+        self.csv.seek(self.csv.truncate(min(self.record["csv_size"], self.csv.tell())))  # the rest is written again
         self.csv.write("" if args.resume else "step,metric,value\n")
         self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.counts["global_step"] + 1)
         self.bar = tqdm(total=args.total_timesteps, initial=self.counts["global_step"], unit=" steps", disable=None)
@@ -664,7 +653,7 @@ class Run:
 
     def tick(self, **counts: int):
         """Once per iteration: move the bar, save where a checkpoint is due, save and end where a signal asks for it."""
-        step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # it may come late
+        step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # read once
         self.counts = counts
         self.bar.update(step - self.bar.n)
         if stopped_by or step // self.args.checkpoint_every > last_step // self.args.checkpoint_every:

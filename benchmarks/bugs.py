@@ -1,15 +1,16 @@
 """The classic mistakes of deep RL, each as a small patch of one of our scripts: what it costs, and which test sees it.
 
-    python benchmarks/bugs.py                      # the list, with the patches
+    python benchmarks/bugs.py                      # the list; - is the mistake, + the script
     python benchmarks/bugs.py --seeds 1 2 3        # train the scripts as they are, and with each mistake
     python benchmarks/bugs.py --tests              # put every mistake before its test, which must fail
     python benchmarks/bugs.py --table              # the table of docs/mistakes.md
+    python benchmarks/bugs.py --pictures           # its curves: docs/mistake_NAME.png
 
 A mistake is a text of a script, which must occur there exactly once, and what stands in its place; it is applied in
 memory. Hardly one of these raises an error, and some still learn: that is why they live long.
 
-Writes benchmarks/results/bugs/: bugs.csv, a row per mistake and seed (no name: the script as it is); command.json. What
-has its row is not run again.
+Writes benchmarks/results/bugs/: bugs.csv, a row per mistake and seed (no name: the script as it is); curves.csv, the
+curves of these runs; command.json. What has its row is not run again.
 """
 
 import contextlib
@@ -28,9 +29,14 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 
+import matplotlib
 import pytest
 import torch
 import tyro
+from plot import curve
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "bugs"
@@ -96,9 +102,10 @@ BUGS = [
     Bug("modulo-cadence", DQN, "test_dqn.py::test_counts_do_not_depend_on_the_number_of_environments[4-10-3]",
         "`global_step % 5 == 0` with 16 environments: a gradient step per 80 transitions, not per 5",
         "while gradient_steps < (global_step - learning_starts) // args.train_frequency:",
-        "if global_step > args.learning_starts and global_step % args.train_frequency == 0:"),
+        "if global_step > args.learning_starts and global_step % args.train_frequency == 0:",
+        "--num-envs 16 --train-frequency 5"),
     Bug("step-per-iteration", VECENV, "test_vecenv.py::test_gradient_steps_are_counted_in_transitions[8]",
-        "a gradient step per pass of the loop with 64 environments: one per 64 transitions, not per 16",
+        "a gradient step per pass of the loop with 64 environments: one per 64 transitions, not per 4",
         "while gradient_steps < (global_step - learning_starts) // args.train_frequency:",
         "if global_step > args.learning_starts:", "--num-envs 64"),
     Bug("one-epsilon-draw", VECENV, "test_vecenv.py::test_exploration_is_drawn_for_each_environment",
@@ -202,6 +209,22 @@ BUGS = [
         "learning_rate = args.learning_rate * remaining", "learning_rate = args.learning_rate * (1.0 - remaining)"),
 ]  # fmt: skip
 
+# The curves that docs/mistakes.md shows: of which mistake, and which metrics.
+PICTURES = {
+    "broadcast": [("broadcast", "return_mean_100"), ("broadcast", "q_taken")],
+    "no_terminal_mask": [("no-terminal-mask", "return_mean_100"), ("no-terminal-mask", "q_taken")],
+    "truncation": [("truncation-is-death", "return_mean_100"), ("truncation-is-death-value", "q_taken")],
+    "reset_obs": [("reset-obs-as-next", "q_taken"), ("reset-obs-as-next", "loss")],
+    "modulo": [("modulo-cadence", "return_mean_100"), ("modulo-cadence", "q_taken")],
+    "ratio": [("ratio-always-1", "return_mean_100"), ("ratio-always-1", "clip_fraction")],
+}
+TITLES = {
+    "return_mean_100": "return of the last 100 training episodes",
+    "q_taken": "mean Q of a minibatch",
+    "loss": "loss",
+    "clip_fraction": "clip_fraction",
+}
+
 
 def patched(bug: Bug) -> str:
     """Return the script's text with the mistake; raise ValueError where the script has changed."""
@@ -227,8 +250,11 @@ def flags_of(bug: Bug) -> str:
     return " ".join(["--vec-env dummy"] * (bug.script == VECENV) + [bug.run]).strip()
 
 
-def train(bug: Bug, text: str, seed: int) -> float:
-    """Train this text of bug.script; return the last network's greedy return, or its value of a first state."""
+def train(bug: Bug, text: str, seed: int) -> tuple[float, dict]:
+    """Train this text of bug.script; return what bug.shows, and the curves: {metric: (steps, values)}.
+
+    That is the greedy return of the last network, or its value of a first state.
+    """
     module = load(bug.script, text)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         flags = f"--seed {seed} --run-dir {folder}/run --eval-every 1000000000 --final-eval-episodes 50 {flags_of(bug)}"
@@ -236,22 +262,33 @@ def train(bug: Bug, text: str, seed: int) -> float:
         try:
             result = module.train(args)
         except SystemExit:
-            return float("nan")
+            return float("nan"), {}
+        progress = Path(folder, "run", "progress.csv")
+        curves = {m: points for m in TITLES if (points := curve(progress, f"train/{m}")).size}
         if bug.shows == "return":
-            return result["final_return_mean"]
+            return result["final_return_mean"], curves
         env = module.make_env(args)
         network = module.ActorCritic if bug.script == PPO else module.QNetwork
         network = network(env.observation_space, env.action_space, args)
         network.load_state_dict(module.load_checkpoint(Path(folder, "run", "last.pt"))["network"])
         obs = torch.from_numpy(env.reset(seed=11)[0]).unsqueeze(0)  # of the corridor: 8 steps from its end
-        return (network.value(obs) if bug.script == PPO else network(obs)).max().item()
+        return (network.value(obs) if bug.script == PPO else network(obs)).max().item(), curves
 
 
-def known_rows() -> list[dict]:
-    if not (OUT / "bugs.csv").exists():
+def known_rows(name: str = "bugs.csv") -> list[dict]:
+    if not (OUT / name).exists():
         return []
-    with open(OUT / "bugs.csv") as file:
+    with open(OUT / name) as file:
         return list(csv.DictReader(file))
+
+
+def append(name: str, rows: list[dict]):
+    new = not (OUT / name).exists()
+    with open(OUT / name, "a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def run_seeds(bugs: list[Bug], seeds: list[int]):
@@ -267,21 +304,24 @@ def run_seeds(bugs: list[Bug], seeds: list[int]):
         if any(row.items() <= known.items() for known in known_rows()):
             continue
         started = time.process_time()
-        result = train(bug, patched(bug) if broken else (ROOT / bug.script).read_text(), seed)
-        row |= {"result": f"{result:.2f}", "cpu_seconds": f"{time.process_time() - started:.1f}"}
-        new = not (OUT / "bugs.csv").exists()
-        with open(OUT / "bugs.csv", "a", newline="") as file:
-            writer = csv.DictWriter(file, row, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        result, curves = train(bug, patched(bug) if broken else (ROOT / bug.script).read_text(), seed)
+        seconds = time.process_time() - started
+        for metric, points in curves.items():
+            points = points.T[:: max(1, len(points.T) // 50)]
+            append("curves.csv", [row | {"metric": metric, "step": f"{x:.0f}", "value": f"{y:.4g}"} for x, y in points])
+        row |= {"result": f"{result:.2f}", "cpu_seconds": f"{seconds:.1f}"}
+        append("bugs.csv", [row])
         print(", ".join(row.values()), flush=True)
 
 
+def key_of(bug: Bug, broken: bool) -> dict[str, str]:
+    """Return what the rows of its runs, or of the same runs without it, have in common."""
+    return {"bug": bug.name if broken else "", "script": bug.script, "flags": flags_of(bug), "shows": bug.shows}
+
+
 def results(bug: Bug, broken: bool) -> dict[str, float]:
-    """Return what bugs.csv holds of it, or of the same runs without it: {seed: result}."""
-    key = {"bug": bug.name if broken else "", "script": bug.script, "flags": flags_of(bug), "shows": bug.shows}
-    return {row["seed"]: float(row["result"]) for row in known_rows() if key.items() <= row.items()}
+    """Return what bugs.csv holds of these runs: {seed: result}."""
+    return {row["seed"]: float(row["result"]) for row in known_rows() if key_of(bug, broken).items() <= row.items()}
 
 
 def cells(bug: Bug) -> list[str]:
@@ -301,6 +341,29 @@ def table() -> str:
         link = f'[`{Path(file).stem}`](../tests/{file} "{name.partition("[")[0]}")'
         lines.append("| " + " | ".join([f"`{bug.script}`", bug.what, *cells(bug), link]) + " |")
     return "\n".join(lines)
+
+
+def draw(name: str):
+    """Write docs/mistake_NAME.png: each seed with the mistake, and without it."""
+    figure, axes = plt.subplots(1, len(PICTURES[name]), figsize=(7.2, 2.4), dpi=150)
+    for axis, (bug_name, metric) in zip(axes, PICTURES[name], strict=True):
+        bug = next(bug for bug in BUGS if bug.name == bug_name)
+        for broken, colour, label in ((False, "C0", "the script"), (True, "C3", "with the mistake")):
+            key = key_of(bug, broken) | {"metric": metric}
+            rows = [row for row in known_rows("curves.csv") if key.items() <= row.items()]
+            for seed in sorted({row["seed"] for row in rows}):
+                points = [(int(row["step"]), float(row["value"])) for row in rows if row["seed"] == seed]
+                axis.plot(*zip(*points, strict=True), colour, linewidth=1.2, label=label)
+                label = None  # one line of the legend for all seeds
+        axis.set_title(TITLES[metric], fontsize=9)
+        axis.set_xlabel("transitions", fontsize=8)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / f"mistake_{name}.png")
 
 
 # --- Which test catches it ---
@@ -349,22 +412,26 @@ class Args:
     seeds: list[int] = field(default_factory=list)  # train with each mistake, and without, on these seeds
     tests: bool = False  # put every mistake before its test
     table: bool = False  # print the table of docs/mistakes.md
+    pictures: bool = False  # draw the curves of docs/mistakes.md
     only: list[str] = field(default_factory=list)  # names of mistakes (default: all)
 
 
 def main():
     args = tyro.cli(Args, description=__doc__)
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "docs" / "examples")]
     bugs = [bug for bug in BUGS if bug.name in args.only or not args.only]
     if args.seeds:
         run_seeds([bug for bug in bugs if bug.run is not None], args.seeds)
     if args.table:
         print(table())
+    if args.pictures:
+        for name in PICTURES:
+            draw(name)
     if args.tests and not check(bugs):
         raise SystemExit(1)
-    if not (args.seeds or args.table or args.tests):
+    if not (args.seeds or args.table or args.pictures or args.tests):
         for bug in bugs:
-            lines = [f"- {line}" for line in bug.old.splitlines()] + [f"+ {line}" for line in bug.new.splitlines()]
+            lines = [f"- {line}" for line in bug.new.splitlines()] + [f"+ {line}" for line in bug.old.splitlines()]
             print(f"{bug.name} ({bug.script}): {bug.what}", *lines, "", sep="\n")
 
 

@@ -10,7 +10,7 @@ numpy 1, ale-py 0.8.1, and shimmy 1.3, without which it knows no Atari ids). The
 goes, and two more the floor: the environments alone (random actions), and all but the environments (their answers come
 at once).
 
-Writes benchmarks/results/speed/: speed.csv, every run; command.json. Prints the README's table of ratios.
+Writes benchmarks/results/speed/: speed.csv, every run; command.json. Prints the table of docs/performance.md.
 """
 
 import csv

@@ -97,10 +97,7 @@ class FakeRay:
 
     killed = 0
 
-    def is_initialized(self):
-        return False
-
-    def init(self, address, runtime_env, log_to_driver):
+    def init(self, address, runtime_env, log_to_driver, ignore_reinit_error):
         if address.endswith(":1"):
             raise ConnectionError("nobody there")
         self.address, self.runtime_env = address, runtime_env
@@ -221,7 +218,7 @@ def test_actors_of_ray_end_with_the_run_and_get_the_folder_only_on_a_cluster(run
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.7:6379")
     dqn.RayVecEnv(dqn.Args(vec_env="ray"))
     assert fake_ray.address == "192.0.2.7:6379"
-    assert fake_ray.runtime_env["working_dir"] == "." and "runs" in fake_ray.runtime_env["excludes"]
+    assert fake_ray.runtime_env["working_dir"] == sys.path[0] and "runs" in fake_ray.runtime_env["excludes"]
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.7:1")
     with pytest.raises(ValueError, match="nobody there"):
         dqn.RayVecEnv(dqn.Args(vec_env="ray"))
