@@ -163,7 +163,7 @@ class Args:
 
 
 class VectorEnv(gym.Wrapper):
-    """Adapts an environment, as users write them, to what the rest relies on.
+    """Gives an environment, as users write them, the form that the rest relies on.
 
     Observations become float32 vectors, copied, since some environments overwrite theirs; Discrete, Tuple and Dict are
     flattened. Actions become NumPy integers, as action_space.sample() gives them. The info becomes empty.

@@ -126,7 +126,7 @@ class Args:
 
 
 class VectorEnv(gym.Wrapper):
-    """Adapts an environment, as users write them, to what the rest relies on.
+    """Gives an environment, as users write them, the form that the rest relies on.
 
     Observations become float32 vectors, copied, since some environments overwrite theirs; Discrete, Tuple and Dict are
     flattened. Actions become what action_space.sample() gives: NumPy integers, or arrays within the bounds. The info

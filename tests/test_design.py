@@ -26,7 +26,7 @@ SECTIONS = ["Arguments", "Environment", "Network", "Replay memory|Rollout", "Equ
 MAY_DIFFER = {"Args", "make_env", "QNetwork", "ReplayMemory", "Batch", "td_loss", "train", "evaluate"}
 # Of the plumbing: all lines, and those that are neither blank nor comment nor docstring.
 MAX_PLUMBING, MAX_PLUMBING_CODE = 240, 190
-MAX_LINES = {"dqn_cartpole": 665, "dqn_vecenv": 770, "ppo_cartpole": 680, "dqn_lstm_cartpole": 820, "dqn_atari": 930}
+MAX_LINES = {"dqn_cartpole": 665, "dqn_vecenv": 760, "ppo_cartpole": 680, "dqn_lstm_cartpole": 820, "dqn_atari": 930}
 MAX_DOCSTRING = defaultdict(lambda: 50, dqn_cartpole=30, ppo_cartpole=30)
 RUN_FILES = {"args.json", "progress.csv", "best.pt", "last.pt", "result.json"}
 RESULTS = {
