@@ -282,27 +282,28 @@ class RayVecEnv:
             raise UsageError(f"--vec-env ray: RAY_ADDRESS {address}: {error}") from None
         if signal.getsignal(signal.SIGTERM) != handler:
             signal.signal(signal.SIGTERM, handler)  # Ray's own would end a run unsaved
-        actor, self.get, self.kill = ray.remote(scheduling_strategy="SPREAD")(DummyVecEnv), ray.get, ray.kill
+        self.ray, actor = ray, ray.remote(scheduling_strategy="SPREAD")(DummyVecEnv)
         self.actors = [actor.remote([partial(make_worker_env, args, index)]) for index in range(args.num_envs)]
         self.seed(0)  # waits for the actors: one that fails does so before there is a run directory
 
     def seed(self, seed: int):
-        self.get([actor.seed.remote(seed + i) for i, actor in enumerate(self.actors)])
+        self.ray.get([actor.seed.remote(seed + i) for i, actor in enumerate(self.actors)])
 
     def reset(self) -> np.ndarray:
-        return np.concatenate(self.get([actor.reset.remote() for actor in self.actors]))
+        return np.concatenate(self.ray.get([actor.reset.remote() for actor in self.actors]))
 
     def step_async(self, actions: list[int]):
         self.steps = [actor.step.remote([action]) for actor, action in zip(self.actors, actions, strict=True)]
 
     def step_wait(self):
-        obs, rewards, dones, infos = zip(*self.get(self.steps), strict=True)  # each of one environment: (1, ...)
+        obs, rewards, dones, infos = zip(*self.ray.get(self.steps), strict=True)  # each of one environment: (1, ...)
         return np.concatenate(obs), np.concatenate(rewards), np.concatenate(dones), [info for (info,) in infos]
 
     def close(self):
-        self.get([actor.close.remote() for actor in self.actors])  # closes the environments, which kill does not
+        closed = [actor.close.remote() for actor in self.actors]  # kill does not close the environments
+        self.ray.wait(closed, num_returns=len(closed))  # get would raise where an actor is dead
         for actor in self.actors:
-            self.kill(actor)
+            self.ray.kill(actor)
 
 
 def select_device(name: str, auto: str) -> torch.device:

@@ -90,16 +90,20 @@ class FakeRay:
             self.made = made
 
         def __getattr__(self, name):
+            FakeRay.called.append(name)
+
             def call(*args):
                 return pickle.loads(pickle.dumps(getattr(self.made, name)(*pickle.loads(pickle.dumps(args)))))
 
             return SimpleNamespace(remote=call)
 
-    killed = 0
+    killed, called = 0, []
 
     def init(self, address, runtime_env, log_to_driver, ignore_reinit_error):
         if address.endswith(":1"):
             raise ConnectionError("nobody there")
+        if ":" not in address and address != "local":
+            raise ValueError("no port")
         self.address, self.runtime_env = address, runtime_env
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Ray does
 
@@ -109,6 +113,9 @@ class FakeRay:
 
     def get(self, results):
         return list(results)
+
+    def wait(self, results, num_returns):
+        assert len(results) == num_returns
 
     def kill(self, actor):
         self.killed += 1
@@ -214,13 +221,17 @@ def test_it_answers_as_sb3_does(backend, fake_envpool, fake_ray):
 
 def test_actors_of_ray_end_with_the_run_and_get_the_folder_only_on_a_cluster(run, fake_ray, monkeypatch):
     run(vec_env="ray", num_envs=3)
+    assert fake_ray.called[-3:] == ["close"] * 3
     assert (fake_ray.killed, fake_ray.address, fake_ray.runtime_env) == (3, "local", {})
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.7:6379")
     dqn.RayVecEnv(dqn.Args(vec_env="ray"))
     assert fake_ray.address == "192.0.2.7:6379"
     assert fake_ray.runtime_env["working_dir"] == sys.path[0] and "runs" in fake_ray.runtime_env["excludes"]
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.7:1")
-    with pytest.raises(ValueError, match="nobody there"):
+    with pytest.raises(dqn.UsageError, match="nobody there"):
+        dqn.RayVecEnv(dqn.Args(vec_env="ray"))
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.7")
+    with pytest.raises(dqn.UsageError, match="RAY_ADDRESS 192.0.2.7: no port"):
         dqn.RayVecEnv(dqn.Args(vec_env="ray"))
 
 
