@@ -231,7 +231,7 @@ def test_actors_of_ray_end_with_the_run_and_get_the_folder_only_on_a_cluster(run
     with pytest.raises(dqn.UsageError, match="nobody there"):
         dqn.RayVecEnv(dqn.Args(vec_env="ray"))
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.7")
-    with pytest.raises(dqn.UsageError, match="RAY_ADDRESS 192.0.2.7: no port"):
+    with pytest.raises(dqn.UsageError, match=r"RAY_ADDRESS 192\.0\.2\.7: no port"):
         dqn.RayVecEnv(dqn.Args(vec_env="ray"))
 
 
