@@ -276,7 +276,7 @@ def test_memory_holds_exactly_what_happened(env_id, num_envs, run, memories):
 
 @pytest.mark.parametrize("start_method, num_envs", [("forkserver", 2), ("spawn", 1)])
 def test_memory_holds_what_happened_in_worker_processes(start_method, num_envs, run, memories, monkeypatch):
-    # Where there is no forkserver, as on Windows and macOS, SB3 spawns its workers.
+    # Where there is no forkserver, as on Windows, SB3 spawns its workers.
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: [start_method])
     run(num_envs=num_envs, vec_env="subproc")
     assert_memory_holds_what_happened(memories[0], "Mixed-v0", num_envs)

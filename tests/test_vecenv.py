@@ -379,7 +379,7 @@ def assert_nothing_is_left(processes):
 @pytest.fixture
 def running(request, tmp_path):
     """A run in its third evaluation or later, and all processes that it has started."""
-    if getattr(request, "param", "") == "spawn":  # as on Windows and macOS
+    if getattr(request, "param", "") == "spawn":  # as on Windows
         (tmp_path / "sitecustomize.py").write_text(SPAWN)
     flags = {"total_timesteps": 10**7, "vec_env": "subproc", "checkpoint_every": 500, "eval_every": 500}
     process = subprocess.Popen(
