@@ -232,7 +232,7 @@ def test_a_restored_memory_does_not_join_the_episodes_before_and_after(tmp_path)
 def test_a_memory_of_another_shape_is_refused(capacity, num_envs):
     state = random_memory(capacity=300, num_envs=3)[0].state_dict()
     memory = lstm.ReplayMemory(capacity, num_envs, 3, (2, 1, 4))
-    with pytest.raises(ValueError, match="300 transitions of 3 environments"):
+    with pytest.raises(ValueError, match="another --buffer-size or --num-envs"):
         memory.load_state_dict(state)
     assert memory.added == 0
 
