@@ -571,7 +571,7 @@ def train(args: Args) -> dict:
     fit_memory(args)
     for set_seed in (torch.manual_seed, random.seed, np.random.seed):
         set_seed(args.seed)
-    # Where gradients cease, Adam's means shrink to denormal numbers, with which its step takes half as long again; as
+    # Where gradients cease, Adam's means shrink to denormal numbers, with which its step takes nearly twice as long; as
     # zeros they cost nothing. Set before torch starts its threads, so that each of them inherits it.
     torch.set_flush_denormal(True)
     # Below 2^30, so that what is added stays below 2^31: some environments hand their seed to a C int.
@@ -826,7 +826,7 @@ class Run:
         step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # read once
         self.counts = counts
         self.bar.update(step - self.bar.n)
-        if stopped_by or step // self.args.checkpoint_every > last_step // self.args.checkpoint_every:
+        if stopped_by or step % self.args.checkpoint_every < step - last_step:
             self.save()
         if stopped_by:
             tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}")

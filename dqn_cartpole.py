@@ -28,7 +28,7 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of 20 seeds
     evaluation           250        500        500          (489 to 500; on the way it rises, falls and rises again)
     return_mean_100      68         207        425          (334 to 490; a fifth of the actions are random)
     loss                 2.2        1.1        1.0          (0.2 to 6.6; of one minibatch)
-    q_taken              41         86         105          (95 to 130; the limit is 1 / (1 - gamma) = 100)
+    q_taken              41         86         105          (95 to 130; no true value is above 1 / (1 - gamma) = 100)
 
 Differences from the paper: vectors and a small network instead of pixels; Adam instead of RMSProp, with a learning rate
 that falls to 0; squared errors, not clipped (--loss huber clips); a target network that follows slowly instead of by
@@ -559,7 +559,7 @@ class Run:
         step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # read once
         self.counts = counts
         self.bar.update(step - self.bar.n)
-        if stopped_by or step // self.args.checkpoint_every > last_step // self.args.checkpoint_every:
+        if stopped_by or step % self.args.checkpoint_every < step - last_step:
             self.save()
         if stopped_by:
             tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}")

@@ -713,7 +713,7 @@ class Run:
         step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # read once
         self.counts = counts
         self.bar.update(step - self.bar.n)
-        if stopped_by or step // self.args.checkpoint_every > last_step // self.args.checkpoint_every:
+        if stopped_by or step % self.args.checkpoint_every < step - last_step:
             self.save()
         if stopped_by:
             tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}")

@@ -343,8 +343,8 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def draw(name: str):
-    """Write docs/mistake_NAME.png: each seed with the mistake, and without it."""
+def draw(name: str, folder: Path):
+    """Write mistake_NAME.png: each seed with the mistake, and without it."""
     figure, axes = plt.subplots(1, len(PICTURES[name]), figsize=(7.2, 2.4), dpi=150)
     for axis, (bug_name, metric) in zip(axes, PICTURES[name], strict=True):
         bug = next(bug for bug in BUGS if bug.name == bug_name)
@@ -363,7 +363,8 @@ def draw(name: str):
         axis.grid(alpha=0.25)
     axes[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(ROOT / "docs" / f"mistake_{name}.png")
+    figure.savefig(folder / f"mistake_{name}.png")
+    plt.close(figure)
 
 
 # --- Which test catches it ---
@@ -426,7 +427,7 @@ def main():
         print(table())
     if args.pictures:
         for name in PICTURES:
-            draw(name)
+            draw(name, ROOT / "docs")
     if args.tests and not check(bugs):
         raise SystemExit(1)
     if not (args.seeds or args.table or args.pictures or args.tests):

@@ -1,12 +1,11 @@
 """Time Adam's step after 9,000 gradient steps of dqn_atari.py, with denormal numbers and with zeros in their place.
 
-    python benchmarks/denormals.py                 # 4 minutes each; nothing else should run
-    python benchmarks/denormals.py --init torch
+    python benchmarks/denormals.py     # 4 minutes; nothing else should run
 
 Where a unit is dead its gradients are zero. Adam's running mean of them, m <- 0.9 m, shrinks by a tenth at every step,
 and after some 800 steps is smaller than 1.2e-38, the smallest float32 with all of its bits. Below that stand the
 denormal numbers, which lose a bit with each halving; at a few times the smallest of them, 1.4e-45, 0.9 m is rounded
-back to m, and never becomes zero. A processor computes with them many times slower.
+back to m, and never becomes zero. A processor computes with them more slowly.
 
 Trains dqn_atari.py on Pong with its defaults, but without torch.set_flush_denormal; counts the denormal numbers among
 Adam's means, and times the median of 200 steps from there, with gradients of zero, on one thread, with the mode and
@@ -32,7 +31,6 @@ OUT = ROOT / "benchmarks" / "results" / "denormals"
 @dataclass
 class Args:
     total_timesteps: int = 56_000  # transitions, of which the first 2,000 are not learned from
-    init: str = "he"  # the first weights: he or torch
     out: str = str(OUT)  # directory of the CSV file
 
 
@@ -45,7 +43,7 @@ def train(args: Args) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         dqn_atari.train(
             dqn_atari.Args(
-                **{"env_id": "PongNoFrameskip-v4", "init": args.init, "run_dir": f"{folder}/run"},
+                **{"env_id": "PongNoFrameskip-v4", "run_dir": f"{folder}/run"},
                 **{"total_timesteps": args.total_timesteps, "learning_starts": 2_000, "buffer_size": 60_000},
                 **{"eval_every": 10**9, "final_eval_episodes": 1},
             )
@@ -82,7 +80,6 @@ def measure(args: Args) -> dict:
     checkpoint = train(args)
     torch.set_num_threads(1)  # the mode belongs to a thread
     return {
-        "init": args.init,
         "gradient_steps": checkpoint["counts"]["gradient_steps"],
         "parameters": sum(p.numel() for p in checkpoint["network"].values()),
         "share_of_denormals": round(share_of_denormals(checkpoint["optimizer"]["state"]), 3),

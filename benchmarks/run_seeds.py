@@ -35,7 +35,7 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ("eval/return_mean", "eval/return_min", "train/return_mean_100", "train/loss", "train/q_taken")
+KEPT = ("eval/return_mean", "eval/return_min", "train/return_mean_100", "train/loss", "train/q_taken", "train/entropy")
 FROM_RESULT = (
     *("final_return_mean", "final_return_min", "final_return_std", "best_return_mean"),
     *("seconds", "global_step", "gradient_steps"),

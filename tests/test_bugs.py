@@ -77,6 +77,26 @@ def test_what_is_harmless_or_cannot_run_is_not_taken_for_caught():
     assert done.stdout.endswith("[True, False, False]\n"), done.stdout + done.stderr
 
 
+def test_a_mistake_and_its_script_are_trained_once_per_seed_and_their_curves_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(bugs, "OUT", tmp_path)
+    ratio = next(bug for bug in bugs.BUGS if bug.name == "ratio-always-1")
+    ratio = replace(ratio, run="--total-timesteps 3000 --num-envs 8 --final-eval-episodes 2")
+    monkeypatch.setattr(bugs, "BUGS", [ratio])
+    monkeypatch.setitem(sys.modules, "ppo_cartpole", None)  # for monkeypatch to undo what bugs.load does
+    bugs.run_seeds([ratio], [1])
+    before = (tmp_path / "curves.csv").read_text()
+    bugs.run_seeds([ratio], [1])
+    assert (tmp_path / "curves.csv").read_text() == before
+    assert [row["bug"] for row in bugs.known_rows()] == ["", "ratio-always-1"]
+    clipped = {name: [] for name in ("", "ratio-always-1")}
+    for row in bugs.known_rows("curves.csv"):
+        if row["metric"] == "clip_fraction":
+            clipped[row["bug"]].append(float(row["value"]))
+    assert max(clipped[""]) > 0 and set(clipped["ratio-always-1"]) == {0.0}
+    bugs.draw("ratio", tmp_path)
+    assert (tmp_path / "mistake_ratio.png").stat().st_size > 10_000
+
+
 # --- docs/mistakes.md ---
 
 each_page = pytest.mark.parametrize("page", [ENGLISH, CHINESE], ids=["en", "zh"])
@@ -156,6 +176,17 @@ def test_both_languages_show_the_same_code_numbers_and_links():
         assert sorted(numbers(ours)) == sorted(numbers(theirs))
     links = [re.findall(r"\]\((\.\.[^)]+|tour)", page) for page in (ENGLISH, CHINESE)]
     assert links[0] == links[1]
+
+
+@each_page
+def test_the_pictures_of_the_page_have_a_curve_per_seed_with_the_mistake_and_without(page):
+    assert re.findall(r"\]\(mistake_(\w+)\.png\)", page) == list(bugs.PICTURES)
+    by_name, rows = {bug.name: bug for bug in bugs.BUGS}, bugs.known_rows("curves.csv")
+    for name, metric in (panel for panels in bugs.PICTURES.values() for panel in panels):
+        for broken in (False, True):
+            key = bugs.key_of(by_name[name], broken) | {"metric": metric}
+            seeds = {row["seed"] for row in rows if key.items() <= row.items()}
+            assert seeds == bugs.results(by_name[name], broken).keys() and len(seeds) == 3
 
 
 @each_page

@@ -532,3 +532,27 @@ def test_every_number_has_a_range(name):
         if field.name != "target_return":
             with pytest.raises(ValueError, match=f"--{field.name.replace('_', '-')} -7"):
                 module.Args(**{field.name: type(field.default)(-7)})
+
+
+# --- When things are due ---
+
+
+@each_script
+def test_what_is_due_at_a_multiple_comes_when_it_is_crossed(name, tmp_path, monkeypatch):
+    module, saved = load(Path(name)), []
+    save = module.Run.save
+    monkeypatch.setattr(module.Run, "save", lambda run: (saved.append(run.counts["global_step"]), save(run)))
+    iteration = 3 * 20 if name == "ppo_cartpole" else 3  # transitions
+    flags = {"num_envs": 3, "num_steps": 20, "eval_every": 70, "checkpoint_every": 50, "target_frequency": 90}
+    known = {field.name for field in dataclasses.fields(module.Args)}
+    result = train(name, tmp_path / "run", **{flag: value for flag, value in flags.items() if flag in known})
+    end = result["global_step"]
+    ends = range(iteration, end + 1, iteration)
+
+    def due(every):
+        return [step for step in ends if step // every > (step - iteration) // every]
+
+    assert [step for step, *_ in result["evaluations"]] == due(70)
+    assert saved == [*due(50), end]
+    if name != "ppo_cartpole":  # it has no target network
+        assert result["target_syncs"] == result["gradient_steps"] * small(name)["train_frequency"] // 90 == 3

@@ -20,6 +20,7 @@ import pytest
 import torch
 import toy_envs
 from conftest import ROOT, checkpoint_of, environment, small, train, words
+from stable_baselines3.common.vec_env import DummyVecEnv
 from test_dqn import assert_memory_holds_what_happened, learned_value
 
 import dqn_cartpole
@@ -233,6 +234,16 @@ def test_actors_of_ray_end_with_the_run_and_get_the_folder_only_on_a_cluster(run
     monkeypatch.setenv("RAY_ADDRESS", "192.0.2.7")
     with pytest.raises(dqn.UsageError, match=r"RAY_ADDRESS 192\.0\.2\.7: no port"):
         dqn.RayVecEnv(dqn.Args(vec_env="ray"))
+
+
+def test_an_actor_that_fails_does_so_before_there_is_a_run_directory(run, fake_ray, tmp_path, monkeypatch):
+    def fails(self, seed):
+        raise OSError("this node cannot make it")
+
+    monkeypatch.setattr(DummyVecEnv, "seed", fails)
+    with pytest.raises(OSError, match="this node"):
+        run(vec_env="ray")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_environments_on_ray_can_be_made_in_a_thread(fake_ray):
