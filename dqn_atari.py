@@ -34,7 +34,7 @@ Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, 
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. An Atari game's train/episode_length counts frames, those of no-ops and FIRE too. A memory of a million
-transitions takes 7 GB, each game's process 18 MB. A resumed run plays --learning-starts transitions before it learns
+transitions takes 7 GB, each game's process 17 MB. A resumed run plays --learning-starts transitions before it learns
 on, unless --checkpoint-memory wrote the memory.
 
 A training episode is a life; an evaluation plays the whole game. In both the next life begins with one no-op and, where
