@@ -42,7 +42,7 @@ action 1 is FIRE, actions 1 and 2: the agent never learns to press FIRE, so the 
 train/episode_return is still the score of a whole game, unclipped.
 
 Differences from the paper: Adam, its learning rate falling from 2e-4 to 0, instead of RMSProp; three-step returns
-(Hessel et al., "Rainbow", AAAI 2018), which carry a reward back three times as fast; He's first weights, as ReLUs died
+(Hessel et al., "Rainbow", AAAI 2018), which carry a reward back three times as fast; He initialisation, as ReLUs died
 on Pong with PyTorch's; a gradient step every 6 actions instead of 4, so that an hour holds more play; target copies
 every 667 gradient steps instead of 10,000; 10 million transitions instead of 50; epsilon down to 0.01 after 250,000
 instead of 0.1 after 1 million; learning from 20,000 on instead of 50,000; evaluations of whole games at epsilon 0.01,
@@ -109,7 +109,7 @@ class Args:
     buffer_size: Annotated[int | None, 1, 10**9] = None  # frames in the memory (default: 1,000,000, or what fits)
     batch_size: Count = 32  # transitions per gradient step
     network: Literal["nature", "nips"] = "nature"  # of 2015; or of 2013, a third of the multiplications
-    init: Literal["he", "torch"] = "he"  # first weights: He's; or PyTorch's, with which ReLUs died on Pong
+    init: Literal["he", "torch"] = "he"  # initial weights: of He et al. 2015; or PyTorch's, with which ReLUs died
 
     # exploration
     epsilon_start: Fraction = 1.0  # probability of a random action at the start
@@ -121,7 +121,7 @@ class Args:
     learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
     optimizer_eps: Positive = 1e-8  # added to what Adam divides by
     loss: Literal["mse", "huber"] = "huber"  # of the TD error: its square; or half of that, linear beyond 1
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a CPU with instructions for it
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where a CPU has it and no GPU is
 
     # environment
     env_id: str = "BreakoutNoFrameskip-v4"  # or ALE/{Game}-v5: sticky actions; or module:Env-v0 with frames of your own
@@ -160,7 +160,8 @@ def fit_memory(args: Args):
     # The memory takes its pages as it fills: without this check a run would be killed hours after its start.
     free, limit = psutil.virtual_memory().available, Path(CONTAINER_LIMIT)
     if limit.exists() and limit.read_text() != "max\n":
-        free = min(free, int(limit.read_text()))
+        used = int(limit.with_name("memory.stat").read_text().split()[1])  # anon: what is no file's
+        free = min(free, int(limit.read_text()) - used)
     fitting = int(0.9 * free) // (84 * 84 + 8)  # bytes: a frame, and what else belongs to it; the rest is for all else
     require(args, "buffer_size", (args.buffer_size or 1) <= fitting, f"{fitting:,} transitions fit into free memory")
     if args.buffer_size is None:  # 0.9 of what fits: it has to fit again at a resume, with less memory free
@@ -330,8 +331,8 @@ def make_worker_env(args: Args, index: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.name == "posix":
         os.setpgrp()
-    random.seed(args.seed + index)
-    np.random.seed(args.seed + index)
+    for set_seed in (random.seed, np.random.seed):  # no other worker, of this seed or another, gets these numbers
+        set_seed(np.random.SeedSequence((args.seed, index)).generate_state(1).item())
     torch.set_num_threads(1)  # an environment that uses torch would start a thread per core in every worker
     return make_env(args)
 
@@ -406,8 +407,8 @@ class QNetwork(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Flatten(), hidden, nn.ReLU()).to(memory_format=torch.channels_last)
         self.head = nn.Linear(hidden.out_features, action_space.n)
         if args.init == "he":
-            # With PyTorch's weights a layer and its ReLU keep a sixth of the variance between two screens, with He's
-            # (He et al., ICCV 2015) all of it, so that a small ball still shows at the head.
+            # He et al. (ICCV 2015). With PyTorch's weights a layer and its ReLU keep a sixth of the variance between
+            # two screens; with these all of it, so that a small ball still shows at the head.
             for layer in (*convolutions, hidden):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
@@ -899,14 +900,14 @@ def parse_args():
 def on_signal(number: int, frame):  # the run ends after its step, with a checkpoint; a second signal ends it at once
     Run.signal = number
     signal.signal(number, signal.SIG_DFL)
-    try:
-        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print could be interrupted by itself
+    try:  # print could be interrupted by itself
+        os.write(2, b"\nstopping after this step, or the final evaluation; once more stops at once\n")
     except OSError:  # the terminal was closed: nothing more can be written to it
         os.dup2(os.dup2(os.open(os.devnull, os.O_WRONLY), 1), 2)
 
 
 def main(network_class):
-    sys.stdout.reconfigure(errors="replace")  # what a console cannot show must not end a run
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # in a log file too, each line as it is written
     try:
         args = parse_args()
         check_drawing(args)

@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import record
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,9 +51,9 @@ def measure(buffer_size: int) -> dict:
     return {**sizes, "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte}
 
 
-def write_row(row: dict, path: Path):
+def write_row(row: dict, path: Path, command: str):
     """Write a CSV file of one row, and print it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    record.write(path.parent, record.made_with(command, "ale-py"))
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, row)
         writer.writeheader()
@@ -64,4 +65,5 @@ if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
     sizes = measure(args.buffer_size)
     row = {"transitions": args.buffer_size, **sizes, "everything_else": sizes["process"] - sizes["memory"]}
-    write_row(row, Path(args.out, "atari_memory.csv"))
+    command = f"python benchmarks/atari_memory.py --buffer-size {args.buffer_size}"
+    write_row(row, Path(args.out, "atari_memory.csv"), command)

@@ -16,21 +16,18 @@ curves of these runs; command.json. What has its row is not run again.
 import contextlib
 import csv
 import io
-import json
-import os
-import platform
 import shlex
 import sys
 import tempfile
 import time
 import types
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 
 import matplotlib
 import pytest
+import record
 import torch
 import tyro
 from plot import curve
@@ -293,14 +290,9 @@ def append(name: str, rows: list[dict]):
 
 def run_seeds(bugs: list[Bug], seeds: list[int]):
     """Train each script with each mistake and without, on each seed; append what is missing to bugs.csv."""
-    OUT.mkdir(parents=True, exist_ok=True)
-    about = {"command": "python benchmarks/bugs.py --seeds N", "python": platform.python_version()}
-    about |= {name: version(name) for name in ("torch", "gymnasium", "stable-baselines3", "numpy")}
-    about |= {"machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"}
-    (OUT / "command.json").write_text(json.dumps(about, indent=2) + "\n")
+    record.write(OUT, record.made_with("python benchmarks/bugs.py --seeds N"))
     for seed, bug, broken in ((seed, bug, broken) for bug in bugs for seed in seeds for broken in (False, True)):
-        row = {"bug": bug.name if broken else "", "script": bug.script, "flags": flags_of(bug), "shows": bug.shows}
-        row |= {"seed": str(seed)}
+        row = key_of(bug, broken) | {"seed": str(seed)}
         if any(row.items() <= known.items() for known in known_rows()):
             continue
         started = time.process_time()

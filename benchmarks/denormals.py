@@ -90,4 +90,5 @@ def measure(args: Args) -> dict:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    write_row(measure(args), Path(args.out, "denormals.csv"))
+    command = f"python benchmarks/denormals.py --total-timesteps {args.total_timesteps}"
+    write_row(measure(args), Path(args.out, "denormals.csv"), command)

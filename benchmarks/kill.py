@@ -5,8 +5,9 @@
 Each run writes a checkpoint every few steps, so that many kills fall into the writing of one. After each kill the
 checkpoint must load, must not be older than the one before, and progress.csv must hold the episodes and evaluations
 that it remembers. At the end the run is resumed without a kill and must end with status 0. Writes
-benchmarks/results/kill/kill.csv, a row per script: kills; damaged checkpoints; steps back to before an earlier
-checkpoint; rows of progress.csv that were lost or doubled.
+benchmarks/results/kill/kill.csv, a row per script: kills; how many of them left a half-written file, so fell into the
+writing of a checkpoint; damaged checkpoints; steps back to before an earlier checkpoint; rows of progress.csv that were
+lost or doubled.
 """
 
 import csv
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
+import record
 import torch
 import tyro
 
@@ -81,7 +83,7 @@ def wrong_rows(rows: list[tuple[int, str, float]], checkpoint: dict) -> int:
 
 def torment(script: str, kills: int, rng: random.Random) -> dict:
     """Kill and resume a run this often, then let it end; return what was counted."""
-    counted = dict.fromkeys(("kills", "damaged", "steps_back", "rows_wrong"), 0)
+    counted = dict.fromkeys(("kills", "while_writing", "damaged", "steps_back", "rows_wrong"), 0)
     with tempfile.TemporaryDirectory() as folder:
         run_dir, newest = Path(folder, "run"), 0
         flags = [*FLAGS[script].split(), "--run-dir", str(run_dir)]
@@ -96,6 +98,10 @@ def torment(script: str, kills: int, rng: random.Random) -> dict:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             counted["kills"] += 1
+            half_written = list(run_dir.glob("*.tmp"))
+            counted["while_writing"] += len(half_written) > 0
+            for file in half_written:  # or it would be counted again after the next kill
+                file.unlink()
             flags = ["--resume", str(run_dir)]
             try:
                 checkpoint = torch.load(run_dir / "last.pt", weights_only=True)
@@ -120,8 +126,8 @@ def torment(script: str, kills: int, rng: random.Random) -> dict:
 
 def main():
     args = tyro.cli(Args, description=__doc__)
-    rng, scripts = random.Random(args.seed), [name for name in FLAGS if (ROOT / name).exists()]
-    OUT.mkdir(parents=True, exist_ok=True)
+    rng, scripts = random.Random(args.seed), list(FLAGS)
+    record.write(OUT, record.made_with(f"python benchmarks/kill.py --kills {args.kills}"))
     with open(OUT / "kill.csv", "w", newline="") as file:
         writer = None
         for index, script in enumerate(scripts):

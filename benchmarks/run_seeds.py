@@ -6,8 +6,8 @@
     python benchmarks/run_seeds.py dqn_cartpole.py --seeds 1 2 3 4 5 6 7 8 9 10 --ray auto
 
 Writes benchmarks/results/NAME/: summary.csv, a row per seed; seed_N.csv, the evaluations and losses of that run as
-step,metric,value; command.json, the command, the versions and the machine. A seed that has its row is not run again:
-to repeat what is recorded, give another --name.
+step,metric,value; command.json, the command, the versions, the machine and the commit. A seed that has its row is not
+run again, and results of another command or other versions are not added to: give another --name.
 Times are worth something only with --jobs 1 and nothing else on the machine.
 
 Over a cluster: --ray ADDRESS sends each seed to a free core of a Ray cluster (pip install ray). The address is Ray's:
@@ -17,21 +17,22 @@ set RAY_AUTH_MODE=token.
 """
 
 import csv
+import importlib
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+import record
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,20 +114,29 @@ def collect(run_dir: Path, out: Path) -> dict:
     return {**row, "worst_late_evaluation": worst_late(result["evaluations"])}
 
 
+def command_of(script: str, flags: dict) -> str:
+    """Return the command of a run whose args.json holds these flags: those that are not the script's defaults."""
+    sys.path.insert(0, str(ROOT))
+    defaults = importlib.import_module(Path(script).stem).Args
+    words = ["python", script, "--seed", "N"]
+    for name, value in flags.items():
+        if name not in ("seed", "run_dir", "resume") and value != getattr(defaults, name):
+            flag = name.replace("_", "-")
+            words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", f"{value}"]
+    return " ".join(words)
+
+
 def describe(out: Path, command: str, jobs):
-    """Write command.json: what is run, with which versions, on what machine. Refuse results that have other columns."""
-    out.mkdir(parents=True, exist_ok=True)
-    summary = out / "summary.csv"
+    """Write command.json: what is run, with which versions, on what machine. Refuse to add to results of other runs."""
+    summary, about = out / "summary.csv", out / "command.json"
     if summary.exists() and summary.read_text().splitlines()[0] != ",".join(COLUMNS):
         raise SystemExit(f"{summary} has other columns than {', '.join(COLUMNS)}; give another --name")
-    contents = {
-        "command": command,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "gymnasium", "stable-baselines3", "numpy")},
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "jobs": jobs,
-    }
-    (out / "command.json").write_text(json.dumps(contents, indent=2) + "\n")
+    contents = record.made_with(command)
+    earlier = json.loads(about.read_text()) if about.exists() else {}
+    for name, value in contents.items():
+        if name != "commit" and earlier.get(name, value) != value:
+            raise SystemExit(f"{about} has {name} {earlier[name]!r}, this run {value!r}; give another --name")
+    record.write(out, {**earlier, **contents, "jobs": jobs})  # remarks stay
 
 
 def seeds_to_run(seeds: list[int], out: Path) -> list[int]:
@@ -154,16 +164,22 @@ def add_row(row: dict, out: Path):
 def main():
     args = tyro.cli(Args, description=__doc__)
     out = ROOT / "benchmarks" / "results" / (args.name or Path(args.script).stem)
-    command = f"python {args.script} --seed N {args.flags}".strip()
     if args.collect:
-        describe(out, command, args.jobs)
-        add_row(collect(Path(args.collect), out), out)
+        flags = json.loads(Path(args.collect, "args.json").read_text())
+        if seeds_to_run([flags["seed"]], out):
+            describe(out, command_of(args.script, flags), args.jobs)
+            add_row(collect(Path(args.collect), out), out)
     elif seeds := seeds_to_run(args.seeds, out):
+        command = f"python {args.script} --seed N {args.flags}".strip()
         trainer = ray_trainer(args, out) if args.ray else partial(train, args, out)
         describe(out, command, f"ray {version('ray')}" if args.ray else args.jobs)
         with ThreadPoolExecutor(len(seeds) if args.ray else args.jobs) as pool:  # Ray has a queue of its own
-            for row in pool.map(trainer, seeds):
-                add_row(row, out)
+            runs = [pool.submit(trainer, seed) for seed in seeds]
+            for run in as_completed(runs):
+                if not run.exception():  # a seed that fails takes no other one along
+                    add_row(run.result(), out)
+        for run in runs:
+            run.result()  # raises its error
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ not counted. A seed that has its row is not run again.
 
 import copy
 import json
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -164,10 +163,14 @@ def main():
     setting = SETTINGS[args.algorithm]
     out = run_seeds.ROOT / "benchmarks" / "results" / (args.name or f"sb3_{args.algorithm}_cartpole")
     seeds = run_seeds.seeds_to_run(args.seeds, out)
+    total_timesteps = args.total_timesteps or setting.total_timesteps
     if seeds:
-        run_seeds.describe(out, f"python benchmarks/sb3_cartpole.py {' '.join(sys.argv[1:])}", jobs=1)
+        command = f"python benchmarks/sb3_cartpole.py {args.algorithm}"
+        if args.total_timesteps:
+            command += f" --total-timesteps {total_timesteps}"
+        run_seeds.describe(out, command, jobs=1)
     for seed in seeds:
-        run_seeds.add_row(train(setting, seed, args.total_timesteps or setting.total_timesteps, out), out)
+        run_seeds.add_row(train(setting, seed, total_timesteps, out), out)
 
 
 if __name__ == "__main__":

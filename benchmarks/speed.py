@@ -1,4 +1,4 @@
-"""Time our scripts and their peers at the same work: the same hyperparameters, the same number of gradient steps.
+"""Time our scripts and their peers at the same work: the same hyperparameters and epsilon, as many gradient steps.
 
     python benchmarks/speed.py --cleanrl DIR --cleanrl-python EXE     # nothing else should run
     python benchmarks/speed.py --tasks ppo_cartpole --rounds 1
@@ -17,22 +17,24 @@ import csv
 import importlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
+import record
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "speed"
+OURS = "--epsilon-start 0.05 --epsilon-end 0.05"  # for all: SB3 has no forward pass for a random action
+SB3 = {"algorithm": "DQN", "exploration_initial_eps": 0.05, "exploration_final_eps": 0.05}
+CLEANRL = "--start-e 0.05 --end-e 0.05"
 ATARI = (
-    "--env-id BreakoutNoFrameskip-v4 --buffer-size 20000 --learning-starts 2000 --n-step 1 --train-frequency 4 "
+    f"--env-id BreakoutNoFrameskip-v4 {OURS} --buffer-size 20000 --learning-starts 2000 --n-step 1 --train-frequency 4 "
     "--target-frequency 1000 --learning-rate 1e-4 --learning-rate-end 1e-4"
 )
 CLEANRL_PPO = (
@@ -40,10 +42,10 @@ CLEANRL_PPO = (
     "--learning-rate 2.5e-4 --entropy-coef 0.01 --value-coef 0.5 --no-anneal-clip"
 )
 VECENV = (
-    "dqn_vecenv.py --num-envs 4 --train-frequency 16 --target-frequency 10000 --tau 1 --batch-size 32 "
+    f"dqn_vecenv.py {OURS} --num-envs 4 --train-frequency 16 --target-frequency 10000 --tau 1 --batch-size 32 "
     "--buffer-size 1000000 --learning-starts 100 --learning-rate 1e-4 --loss huber"
 )
-EXAMPLE = ATARI.replace("20000", "10000").replace("frequency 4 ", "frequency 16 ") + " --num-envs 4 --epsilon-end 0.05"
+EXAMPLE = ATARI.replace("20000", "10000").replace("frequency 4 ", "frequency 16 ") + " --num-envs 4"
 
 
 @dataclass
@@ -64,19 +66,19 @@ TASKS = {
         20_000,
         60_000,
         # Two layers of 100 have as many weights as CleanRL's of 120 and 84.
-        {"float32": "dqn_cartpole.py --train-frequency 10 --target-frequency 500 --tau 1 --batch-size 128 "
-         "--buffer-size 10000 --learning-starts 10000 --hidden-size 100 --learning-rate 2.5e-4 --num-envs 16"},
-        {"algorithm": "DQN", "env_id": "CartPole-v1", "train_freq": 10, "batch_size": 128, "buffer_size": 10_000,
+        {"float32": f"dqn_cartpole.py {OURS} --train-frequency 10 --target-frequency 500 --tau 1 --batch-size 128 "
+         "--buffer-size 10000 --learning-starts 10000 --hidden-size 100 --learning-rate 2.5e-4"},
+        {**SB3, "env_id": "CartPole-v1", "train_freq": 10, "batch_size": 128, "buffer_size": 10_000,
          "learning_starts": 10_000, "target_update_interval": 500, "learning_rate": 2.5e-4,
          "policy_kwargs": {"net_arch": [100, 100]}},
-        "cleanrl/dqn.py --total-timesteps 100000",
+        f"cleanrl/dqn.py {CLEANRL} --total-timesteps 100000",
     ),
     "dqn_vecenv": Task(
         "DQN CartPole, 4 environments in SubprocVecEnv, batch 32, one update per 16 transitions",
         10_000,
         50_000,
         {"float32": VECENV, "float32, --vec-env dummy": f"{VECENV} --vec-env dummy"},
-        {"algorithm": "DQN", "env_id": "CartPole-v1", "n_envs": 4, "vec_env": "subproc"},
+        {**SB3, "env_id": "CartPole-v1", "n_envs": 4, "vec_env": "subproc"},
     ),
     "ppo_cartpole": Task(
         "PPO CartPole, 4 environments x 128 steps, 4 epochs x 4 minibatches",
@@ -92,9 +94,9 @@ TASKS = {
         10_000,  # after 2,000 gradient steps
         14_000,
         {p: f"dqn_atari.py {ATARI} --precision {p}" for p in ("float32", "bfloat16")},
-        {"algorithm": "DQN", "env_id": "BreakoutNoFrameskip-v4", "train_freq": 4, "batch_size": 32,
+        {**SB3, "env_id": "BreakoutNoFrameskip-v4", "train_freq": 4, "batch_size": 32,
          "buffer_size": 20_000, "learning_starts": 2_000, "target_update_interval": 1_000, "learning_rate": 1e-4},
-        "cleanrl/dqn_atari.py --total-timesteps 100000 --buffer-size 20000 --learning-starts 2000 "
+        f"cleanrl/dqn_atari.py {CLEANRL} --total-timesteps 100000 --buffer-size 20000 --learning-starts 2000 "
         "--env-id BreakoutNoFrameskip-v4",
     ),
     "dqn_atari_16": Task(
@@ -102,7 +104,7 @@ TASKS = {
         2_400,
         10_400,
         {p: f"dqn_atari.py {EXAMPLE} --precision {p}" for p in ("float32", "bfloat16")},
-        {"algorithm": "DQN", "env_id": "BreakoutNoFrameskip-v4", "n_envs": 4, "vec_env": "subproc", "train_freq": 4,
+        {**SB3, "env_id": "BreakoutNoFrameskip-v4", "n_envs": 4, "vec_env": "subproc", "train_freq": 4,
          "batch_size": 32, "buffer_size": 10_000, "learning_starts": 2_000, "target_update_interval": 1_000,
          "learning_rate": 1e-4},
     ),
@@ -277,13 +279,10 @@ def contestants(args: Args, task: Task):
 
 def measure(args: Args):
     """Write every run of the tasks to speed.csv; runs of other tasks stay there."""
-    OUT.mkdir(parents=True, exist_ok=True)
-    packages = ("torch", "gymnasium", "stable-baselines3", "numpy", "ale-py")
-    command = {"command": "python benchmarks/speed.py", **{name: version(name) for name in packages}}
-    command |= {"python": platform.python_version(), "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
-    command["work"] = {name: asdict(task) for name, task in TASKS.items()}
-    (OUT / "command.json").write_text(json.dumps(command, indent=2) + "\n")
-    path = OUT / "speed.csv"
+    path, about = OUT / "speed.csv", OUT / "command.json"
+    work = json.loads(about.read_text())["work"] if about.exists() else {}  # of other tasks it stays
+    work |= {name: asdict(TASKS[name]) for name in args.tasks}
+    record.write(OUT, {**record.made_with("python benchmarks/speed.py", "ale-py"), "work": work})
     rows = [row for row in read(path) if row["task"] not in args.tasks] if path.exists() else []
 
     def keep(row: dict):
@@ -347,6 +346,7 @@ if __name__ == "__main__":
     if args.job:
         job = json.loads(args.job)
         {"ours": time_ours, "sb3": time_sb3}[job.pop("who")](**job)
+        raise SystemExit("the run ended before its last step was reached")
     unknown = set(args.tasks) - TASKS.keys()
     if unknown or bool(args.cleanrl) != bool(args.cleanrl_python):
         print(

@@ -1,8 +1,8 @@
 """Print the tables of docs/results.md, of the results in benchmarks/results/NAME/summary.csv.
 
 python benchmarks/table.py dqn_cartpole                                     # a row per seed
-python benchmarks/table.py dqn_cartpole dqn_vecenv ppo_cartpole             # a row per set of runs
-python benchmarks/table.py --rates dqn_cartpole dqn_vecenv ppo_cartpole     # the same, with 95 % intervals
+python benchmarks/table.py dqn_cartpole ppo_cartpole                        # a row per set of runs
+python benchmarks/table.py --rates dqn_cartpole ppo_cartpole                # the same, with 95 % intervals
 python benchmarks/table.py --settings dqn_lstm_cartpole_set                 # a row per NAME_*, which differ by flags
 python benchmarks/table.py --settings dqn_lstm_popgym 2                     # the same, with two digits
 """
@@ -21,7 +21,6 @@ COLUMNS = {
     "final_return_mean": ("final network, mean of 100 episodes", "{:.1f}"),
     "final_return_min": ("worst of them", "{:.0f}"),
     "worst_late_evaluation": ("worst evaluation in the last fifth", "{:.1f}"),
-    "seconds": ("training, s", "{:.1f}"),
 }
 
 
@@ -40,13 +39,10 @@ def row_of(name: str) -> str:
     """Return one row of a Markdown table, of all seeds: under HEAD."""
     with open(RESULTS / name / "summary.csv") as file:
         rows = list(csv.DictReader(file))
-    finals, late, seconds = (
-        [float(row[column]) for row in rows] for column in ("final_return_mean", "worst_late_evaluation", "seconds")
-    )
+    finals, late = ([float(row[column]) for row in rows] for column in ("final_return_mean", "worst_late_evaluation"))
     return (
         f"| [`{name}`](../benchmarks/results/{name}) | {len(rows)} | {sum(final >= 499.95 for final in finals)} "
-        f"| {min(finals):.1f} | {sum(final >= 475 for final in finals)} | {sum(worst >= 475 for worst in late)} "
-        f"| {min(seconds):.1f} to {max(seconds):.1f} |"
+        f"| {min(finals):.1f} | {sum(final >= 475 for final in finals)} | {sum(worst >= 475 for worst in late)} |"
     )
 
 
@@ -79,18 +75,9 @@ def rates_of(name: str) -> str:
     low, high = (100 * rate for rate in rate_interval(hits, n))
     least, most = bootstrap(finals)
     return (
-        f"| [`{name}`](../benchmarks/results/{name}) | {hits} of {n} | {low:.0f} to {high:.0f} % "
+        f"| [`{name}`](../benchmarks/results/{name}) | {hits} of {n} | {low:.3g} to {high:.3g} % "
         f"| {finals.mean():.1f} | {least:.1f} to {most:.1f} |"
     )
-
-
-def finals_of(name: str) -> str:
-    """Return one row of a Markdown table, with each seed's final return: under FINALS."""
-    with open(RESULTS / name / "summary.csv") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: int(row["seed"]))
-    finals = [float(row["final_return_mean"]) for row in rows]
-    each = ", ".join(f"{final:.1f}" for final in finals)
-    return f"| [`{name}`](../benchmarks/results/{name}) | {each} | {sum(finals) / len(finals):.1f} |"
 
 
 def settings(name: str, digits: int = 0) -> str:
@@ -110,10 +97,8 @@ def settings(name: str, digits: int = 0) -> str:
     return "\n".join(lines)
 
 
-HEAD = """| runs | seeds | final at 500.0 | lowest final | at 475 or more | none below 475 in the last fifth | seconds |
-|---|---:|---:|---:|---:|---:|---:|"""
-FINALS = """| runs | final network, each seed | mean |
-|---|---:|---:|"""
+HEAD = """| runs | seeds | final at 500.0 | lowest final | at 475 or more | none below 475 in the last fifth |
+|---|---:|---:|---:|---:|---:|"""
 RATES = """| runs | final at 500.0 | 95 % interval of that rate | mean final | its 95 % interval |
 |---|---:|---:|---:|---:|"""
 

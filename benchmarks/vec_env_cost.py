@@ -10,19 +10,16 @@ of docs/performance.md.
 """
 
 import csv
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import record
 import tyro
 
 matplotlib.use("Agg")
@@ -74,12 +71,9 @@ def transitions_per_second(env_id: str, vec_env: str, num_envs: int, seconds: fl
 
 def measure(args: Args):
     """Write every measurement to cost.csv."""
-    OUT.mkdir(parents=True, exist_ok=True)
     optional = [name for name in ("envpool", "ray") if find_spec(name)]
-    packages = ("gymnasium", "stable-baselines3", "numpy", *optional)
-    command = {"command": "python benchmarks/vec_env_cost.py", **{name: version(name) for name in packages}}
-    command |= {"python": platform.python_version(), "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
-    (OUT / "command.json").write_text(json.dumps(command, indent=2) + "\n")
+    command = f"python benchmarks/vec_env_cost.py --seconds {args.seconds:g} --rounds {args.rounds}"
+    record.write(OUT, record.made_with(command, *optional))
     with open(OUT / "cost.csv", "w") as file:
         file.write("round,env,vec_env,num_envs,transitions_per_second\n")
         for number in range(args.rounds):

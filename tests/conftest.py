@@ -78,8 +78,8 @@ def rows_of(run_dir: Path) -> list[tuple[int, str, float]]:
 
 
 def environment() -> dict:
-    """Of a subprocess: one thread, and nothing of the repository on its path."""
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    """Of a subprocess: one thread, nothing of the repository on its path, output buffered as Python does it."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONUNBUFFERED")}
     return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 

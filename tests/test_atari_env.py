@@ -314,6 +314,11 @@ def test_worker_processes(start_method):
         subproc.close()
 
 
+def test_an_evaluation_has_an_end_where_training_has_none():
+    envs = [make_env(arguments(time_limit=-1), evaluation=evaluation) for evaluation in (False, True)]
+    assert [env.ale.getInt("max_num_frames_per_episode") for env in envs] == [0, 108_000]
+
+
 @pytest.mark.filterwarnings("ignore:.*Overwriting existing videos")
 def test_film_of_the_first_episode(tmp_path):
     env = make_env(arguments(time_limit=40), evaluation=True, render_mode="rgb_array", video_dir=tmp_path)

@@ -73,9 +73,10 @@ def test_denormal_numbers_count_as_zeros_while_it_trains(tmp_path, monkeypatch):
     assert seen == [0.0] * 5
 
 
-@pytest.mark.parametrize("free, limit", [(1e9, "max"), (9e9, 1_000_000_000)], ids=["machine", "container"])
+@pytest.mark.parametrize("free, limit", [(1e9, "max"), (9e9, 1_600_000_000)], ids=["machine", "container"])
 def test_a_memory_that_does_not_fit_shrinks_unless_it_was_asked_for(free, limit, tmp_path, monkeypatch, capsys):
     (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.stat").write_text("anon 600000000\nfile 900000000\n")
     monkeypatch.setattr(dqn_atari, "CONTAINER_LIMIT", tmp_path / "memory.max")
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
     fit_memory(default := Args())
@@ -110,6 +111,7 @@ def test_a_run_whose_memory_shrank_is_resumed_with_the_same_where_less_is_free(t
 
 def test_playing_needs_no_room_for_a_replay_memory(tmp_path, monkeypatch, capsys):
     env, path = make_env(Args(**SHORT)), tmp_path / "best.pt"
+    torch.manual_seed(0)
     network = QNetwork(env.observation_space, env.action_space, Args(**SHORT))
     dqn_atari.save_checkpoint(path, network=network, args={})
     monkeypatch.setattr(dqn_atari, "CONTAINER_LIMIT", tmp_path / "none")
@@ -204,6 +206,59 @@ def test_the_networks_are_those_of_the_papers(network, filters, parameters):
     assert [(layer.out_channels, layer.kernel_size[0], layer.stride[0]) for layer in convolutions] == filters
     assert sum(p.numel() for p in q_network.parameters()) == parameters  # with Breakout's four actions
     assert q_network(torch.zeros((3, 4, 84, 84), dtype=torch.uint8)).shape == (3, 4)
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_auto_is_the_gpu_where_there_is_one(available, monkeypatch):
+    class Chosen(Exception):
+        pass
+
+    def select_device(name, auto):
+        raise Chosen(name, auto)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(dqn_atari, "select_device", select_device)
+    with pytest.raises(Chosen) as chosen:
+        train(Args(**SHORT))
+    assert chosen.value.args == ("auto", "cuda" if available else "cpu")
+
+
+# --- What the networks see ---
+
+
+def test_each_game_acts_on_its_own_last_four_frames(tmp_path, monkeypatch):
+    step_wait, forward = dqn_atari.DummyVecEnv.step_wait, QNetwork.forward
+    steps, seen = [], []
+
+    def watched_step(envs):
+        steps.append(step_wait(envs))
+        return steps[-1]
+
+    def watched_forward(network, obs):
+        if obs.shape[0] == 3:
+            seen.append(obs.clone())
+        return forward(network, obs)
+
+    monkeypatch.setattr(dqn_atari.DummyVecEnv, "step_wait", watched_step)
+    monkeypatch.setattr(QNetwork, "forward", watched_forward)
+    run(tmp_path, num_envs=3, total_timesteps=210, time_limit=9)
+    assert len(seen) == 70
+    ended = 0
+    for before, after, (frames, _, dones, _) in zip(seen, seen[1:], steps, strict=False):
+        assert np.array_equal(after[:, 3], frames)
+        for i in range(3):
+            older = torch.zeros_like(before[i, 1:]) if dones[i] else before[i, 1:]
+            assert torch.equal(after[i, :3], older)
+        ended += dones.sum()
+    assert ended > 10
+
+
+def test_evaluating_does_not_change_the_training(tmp_path):
+    networks = []
+    for eval_every in (10_000, 50):
+        run(tmp_path, str(eval_every), total_timesteps=240, eval_every=eval_every, eval_episodes=1)
+        networks.append(torch.load(tmp_path / str(eval_every) / "last.pt", weights_only=True)["network"])
+    assert all(torch.equal(networks[0][name], networks[1][name]) for name in networks[0])
 
 
 # --- Counts and resume ---

@@ -37,18 +37,24 @@ PICTURE = r"(?:!\[[^\]]*\]\(|<img src=\")([^)\"]+)"
 RESULTS = sorted(path.parent.name for path in (ROOT / "benchmarks" / "results").glob("*/summary.csv"))
 PAGES = [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")]
 OTHERS = [
-    *("dqn_cartpole", "dqn_vecenv", "ppo_cartpole", "dqn_lstm_cartpole", "dqn_lstm_cartpole_earlier"),
+    *("dqn_cartpole", "ppo_cartpole", "dqn_lstm_cartpole", "dqn_lstm_cartpole_earlier"),
     "dqn_lstm_cartpole_eps_1e-5",
     *("dqn_lstm_cartpole_memory_none", "dqn_lstm_cartpole_hide_none"),
 ]
+
+
+def finals_of(name: str) -> str:
+    """Return the cells of a table of three tasks: each seed's final return, and the mean."""
+    rows = csv.DictReader((ROOT / "benchmarks" / "results" / name / "summary.csv").open())
+    finals = [float(row["final_return_mean"]) for row in sorted(rows, key=lambda row: int(row["seed"]))]
+    return f"| {', '.join(f'{final:.1f}' for final in finals)} | {np.mean(finals):.1f} |"
+
+
 TABLES = {
     "seeds": (RESULTS_PAGES, lambda: table.table("dqn_cartpole")),
     **{name: (RESULTS_PAGES, partial(table.row_of, name)) for name in OTHERS},
-    **{
-        f"rate of {name}": (RESULTS_PAGES, partial(table.rates_of, name))
-        for name in ("dqn_cartpole", "dqn_vecenv", "ppo_cartpole")
-    },
-    **{name: (RESULTS_PAGES, partial(table.finals_of, name)) for name in ("ppo_reacher", "ppo_pusher", "ppo_pendulum")},
+    **{f"rate of {name}": (RESULTS_PAGES, partial(table.rates_of, name)) for name in ("dqn_cartpole", "ppo_cartpole")},
+    **{name: (RESULTS_PAGES, partial(finals_of, name)) for name in ("ppo_reacher", "ppo_pusher", "ppo_pendulum")},
     "settings": (RESULTS_PAGES, lambda: table.settings("dqn_lstm_cartpole_set")),
     "popgym": (RESULTS_PAGES, lambda: table.settings("dqn_lstm_popgym", 2)),
     "costs": ([PERFORMANCE], vec_env_cost.table),
@@ -137,6 +143,7 @@ def test_the_peers_do_the_same_work(task):
             assert getattr(ours, "tau", 1.0) == peer.tau  # dqn_atari.py copies
             for name in ("batch_size", "buffer_size", "learning_starts"):
                 assert getattr(ours, name) == getattr(peer, name), name
+            assert ours.epsilon_start == ours.epsilon_end == peer.exploration_initial_eps == peer.exploration_final_eps
             assert ours.train_frequency * peer.gradient_steps == peer.train_freq * peer.n_envs
             assert ours.target_frequency == peer.target_update_interval
             assert not hasattr(ours, "max_grad_norm")  # time_sb3 sets the peer's so high that it never clips
@@ -152,6 +159,12 @@ def test_the_summary_agrees_with_the_curves(name):
         steps, means = plot.curve(folder / f"seed_{row['seed']}.csv", "eval/return_mean")
         assert means[steps > 0.8 * steps[-1]].min() == pytest.approx(float(row["worst_late_evaluation"]))
         assert steps[-1] <= int(row["global_step"])
+
+
+def test_worker_processes_change_no_result():
+    alone, workers = (ROOT / "benchmarks" / "results" / name for name in ("dqn_cartpole", "dqn_vecenv"))
+    curves = sorted(path.name for path in workers.glob("seed_*.csv"))
+    assert len(curves) == 3 and all((alone / name).read_text() == (workers / name).read_text() for name in curves)
 
 
 def test_pictures_in_the_readme_exist():
@@ -174,6 +187,14 @@ def test_a_finished_run_is_collected(tmp_path):
     row = run_seeds.collect(tmp_path, tmp_path)
     assert (row["seed"], row["worst_late_evaluation"]) == (4, 9.0)
     np.testing.assert_array_equal(plot.curve(tmp_path / "seed_4.csv", "eval/return_mean"), [[100, 200], [7, 9]])
+
+
+def test_the_command_of_a_finished_run_names_the_flags_that_are_no_defaults():
+    args = load(ROOT / "dqn_atari.py").Args(
+        seed=4, checkpoint_memory=True, clip_rewards=False, gamma=0.9, run_dir="somewhere"
+    )
+    command = "python dqn_atari.py --seed N --gamma 0.9 --no-clip-rewards --checkpoint-memory"
+    assert run_seeds.command_of("dqn_atari.py", dataclasses.asdict(args)) == command
 
 
 def test_long_curves_are_thinned_but_evaluations_are_kept(tmp_path):
@@ -212,6 +233,35 @@ def test_recorded_seeds_are_not_run_again(tmp_path, monkeypatch, capsys):
     run_seeds.main()
     assert capsys.readouterr().out.endswith(f"{out / 'summary.csv'}: 3 4; to run them, give another --name\n")
     assert (out / "command.json").read_text() == "what they were run with"
+
+
+def test_seeds_of_other_flags_are_not_added(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_seeds, "ROOT", tmp_path)
+    row = dict.fromkeys(run_seeds.COLUMNS, 1.0)
+    monkeypatch.setattr(run_seeds, "train", lambda args, out, seed: row | {"seed": seed})
+    for seed in "34":
+        monkeypatch.setattr(sys, "argv", ["run_seeds.py", "ppo_cartpole.py", "--seeds", seed, "--flags=--gamma 0.9"])
+        run_seeds.main()
+    monkeypatch.setattr(sys, "argv", ["run_seeds.py", "ppo_cartpole.py", "--seeds", "5"])
+    with pytest.raises(SystemExit, match=r"has command 'python .* --gamma 0.9', this run .*--name"):
+        run_seeds.main()
+    lines = (tmp_path / "benchmarks" / "results" / "ppo_cartpole" / "summary.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["seed", "3", "4"]
+
+
+def test_a_seed_that_fails_takes_no_other_one_along(tmp_path, monkeypatch):
+    def train(args, out, seed):
+        if seed == 3:
+            raise ZeroDivisionError
+        return dict.fromkeys(run_seeds.COLUMNS, 1.0) | {"seed": seed}
+
+    monkeypatch.setattr(run_seeds, "ROOT", tmp_path)
+    monkeypatch.setattr(run_seeds, "train", train)
+    monkeypatch.setattr(sys, "argv", ["run_seeds.py", "ppo_cartpole.py", "--seeds", "3", "4", "5"])
+    with pytest.raises(ZeroDivisionError):
+        run_seeds.main()
+    lines = (tmp_path / "benchmarks" / "results" / "ppo_cartpole" / "summary.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["seed", "4", "5"]
 
 
 @pytest.mark.parametrize("seeds, legend", [(1, "some"), (3, "some: 3 seeds"), (5, "some: mean of 5 seeds")])
@@ -274,7 +324,8 @@ def test_ray_returns_what_a_process_pool_writes(monkeypatch, tmp_path):
     timed = {"seconds"}
     for seed in 3, 4:
         assert (results / "ray" / f"seed_{seed}.csv").read_text() == (results / "pool" / f"seed_{seed}.csv").read_text()
-    ours, theirs = (list(csv.DictReader((results / name / "summary.csv").open())) for name in ("ray", "pool"))
+    read = lambda name: sorted(csv.DictReader((results / name / "summary.csv").open()), key=lambda row: row["seed"])  # noqa: E731
+    ours, theirs = read("ray"), read("pool")
     assert [row["seed"] for row in ours] == ["3", "4"]
     for one, other in zip(ours, theirs, strict=True):
         assert one.keys() == other.keys() and {key for key in one if one[key] != other[key]} <= timed
@@ -395,7 +446,8 @@ def test_the_peers_results_have_the_form_of_ours(algorithm, tmp_path, monkeypatc
     assert [row["seed"] for row in rows] == ["4", "5"]
     ours = csv.DictReader((ROOT / "benchmarks" / "results" / f"{algorithm}_cartpole" / "summary.csv").open())
     assert list(rows[0]) == ours.fieldnames
-    assert json.loads((out / "command.json").read_text())["command"] == "python benchmarks/" + " ".join(command)
+    said = json.loads((out / "command.json").read_text())["command"]
+    assert said == f"python benchmarks/sb3_cartpole.py {algorithm} --total-timesteps 1200"
     for row in rows:
         assert 1_200 <= int(row["global_step"]) <= 1_200 + 256 and int(row["gradient_steps"]) > 0
         steps, means = plot.curve(out / f"seed_{row['seed']}.csv", "eval/return_mean")
@@ -429,6 +481,13 @@ def test_the_repository_has_checkpoints_of_default_runs():
     for name, path in paths.items():
         defaults = dataclasses.asdict(load(ROOT / f"{name}.py").Args())
         assert torch.load(path, weights_only=True)["args"].items() <= defaults.items()
+
+
+def test_a_trained_network_is_used_as_the_readme_shows(monkeypatch):
+    (code,) = (block for block in re.findall(r"(?ms)^```python\n(.*?)^```", README) if "load_checkpoint" in block)
+    monkeypatch.chdir(ROOT)
+    exec(code, names := {})
+    assert names["action"] in (0, 1)
 
 
 def test_the_citation_file_says_what_the_format_asks_for():
@@ -509,7 +568,7 @@ def test_a_rate_and_a_mean_stand_with_their_intervals(tmp_path, monkeypatch):
     lines = ["seed,final_return_mean", *(f"{seed},{final}" for seed, final in enumerate(finals))]
     (tmp_path / "some" / "summary.csv").write_text("\n".join(lines) + "\n")
     monkeypatch.setattr(table, "RESULTS", tmp_path)
-    assert table.rates_of("some").endswith(" | 9 of 10 | 55 to 100 % | 490.0 | 470.0 to 500.0 |")
+    assert table.rates_of("some").endswith(" | 9 of 10 | 55.5 to 99.7 % | 490.0 | 470.0 to 500.0 |")
 
 
 def test_the_interval_of_a_rate():

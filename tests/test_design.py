@@ -24,6 +24,13 @@ SECTIONS = ["Arguments", "Environment", "Network", "Replay memory|Rollout", "Equ
 # What an algorithm is made of. Any other function or class that two scripts have is the same text in both.
 # (ppo_cartpole.py's VectorEnv takes continuous actions too.)
 MAY_DIFFER = {"Args", "make_env", "QNetwork", "ReplayMemory", "Batch", "td_loss", "train", "evaluate"}
+# Lines of dqn_cartpole.py that the others' train and evaluate lack: where the algorithms differ, and nowhere else.
+OWN_LINES = {
+    "dqn_vecenv": {"train": 1, "evaluate": 0},
+    "dqn_atari": {"train": 19, "evaluate": 5},
+    "dqn_lstm_cartpole": {"train": 10, "evaluate": 2},
+    "ppo_cartpole": {"evaluate": 1},
+}
 # Of the plumbing: all lines, and those that are neither blank nor comment nor docstring.
 MAX_PLUMBING, MAX_PLUMBING_CODE = 240, 190
 MAX_LINES = {"dqn_cartpole": 665, "dqn_vecenv": 760, "ppo_cartpole": 680, "dqn_lstm_cartpole": 820, "dqn_atari": 930}
@@ -199,6 +206,13 @@ def test_what_scripts_share_is_one_text():
                 texts[name][text].append(path.stem)
     different = {name: list(by_text.values()) for name, by_text in texts.items() if len(by_text) > 1}
     assert {name: scripts for name, scripts in different.items() if name not in MAY_DIFFER} == {}
+
+
+@pytest.mark.parametrize("name, function", [(name, function) for name, own in OWN_LINES.items() for function in own])
+def test_the_loops_differ_only_where_the_algorithms_do(name, function):
+    base, other = (definitions(ROOT / f"{script}.py")[function].splitlines() for script in ("dqn_cartpole", name))
+    lacking = [line for line in base if line not in other]
+    assert len(lacking) == OWN_LINES[name][function], "\n".join(lacking)
 
 
 @each_script

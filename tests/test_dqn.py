@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import toy_envs
 from conftest import SCRIPTS, checkpoint_of, load, rows_of, small, train
+from gymnasium.envs.classic_control import CartPoleEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dqn_cartpole as dqn
@@ -454,6 +455,21 @@ def test_metrics_are_logged_every_100_gradient_steps_and_episodes_as_they_end(ru
         assert [value for _, value in shown[name]] == pytest.approx([value for _, value in points])
 
 
+def test_what_is_logged_is_of_the_last_minibatch(run, tmp_path, monkeypatch):
+    td_loss, seen = dqn.td_loss, []
+
+    def spy(*args):
+        loss, q_taken = td_loss(*args)
+        seen.append((loss.item(), q_taken.mean().item()))
+        return loss, q_taken
+
+    monkeypatch.setattr(dqn, "td_loss", spy)
+    run(train_frequency=1, learning_starts=50, total_timesteps=300)
+    curves = curves_of(tmp_path / "run")
+    logged = zip(curves["train/loss"], curves["train/q_taken"], strict=True)
+    assert [(loss, q_taken) for (_, loss), (_, q_taken) in logged] == [seen[99], seen[199]]
+
+
 def test_a_time_limit_replaces_the_environments_own():
     def length(**flags):
         env = dqn.make_env(dqn.Args(env_id="toy_envs:Truncated-v0", **flags))
@@ -544,12 +560,12 @@ def test_evaluation_ends_without_a_time_limit():
 
 
 def test_the_best_network_is_kept_and_the_last_one_too(run, tmp_path, monkeypatch):
-    scripted = iter([3.0, 9.0, 4.0, 5.0, 5.0, 5.0])
+    scripted = iter([3.0, 9.0, 9.0, 4.0, 5.0, 6.0])
     calls = []
 
     def scripted_evaluate(args, network, num_episodes, seed, **env_options):
         calls.append((num_episodes, seed, copy.deepcopy(network.state_dict())))
-        return np.full(num_episodes, next(scripted))
+        return next(scripted) + np.linspace(-1, 1, num_episodes)
 
     monkeypatch.setattr(dqn, "evaluate", scripted_evaluate)
     result = run(learning_starts=16, num_envs=2, eval_every=50, eval_episodes=4, final_eval_episodes=6)
@@ -558,15 +574,35 @@ def test_the_best_network_is_kept_and_the_last_one_too(run, tmp_path, monkeypatc
     first, second, third, fourth, final, best = (parameters for _, _, parameters in calls)
     assert not same(first, second) and not same(second, third)
     saved = {name: checkpoint_of(tmp_path / "run", name) for name in ("best.pt", "last.pt")}
-    assert same(saved["best.pt"]["network"], second) and same(best, second)
+    assert same(saved["best.pt"]["network"], third) and same(best, third)  # of two that are as good, the later one
     assert saved["best.pt"]["return_mean"] == 9
     assert same(saved["last.pt"]["network"], fourth) and same(final, fourth)
-    assert [mean for _, mean, _ in result["evaluations"]] == [3, 9, 4, 5]
-    assert (result["final_return_mean"], result["best_return_mean"]) == (5, 5)
+    assert [mean for _, mean, _ in result["evaluations"]] == [3, 9, 9, 4]
+    assert [value for _, value in curves_of(tmp_path / "run")["eval/return_min"]] == [2, 8, 8, 3]
+    assert (result["final_return_mean"], result["final_return_min"], result["best_return_mean"]) == (5, 4, 6)
 
     selection_seeds, final_seeds = {seed for _, seed, _ in calls[:4]}, {seed for _, seed, _ in calls[4:]}
     assert len(selection_seeds) == len(final_seeds) == 1
     assert selection_seeds != final_seeds
+
+
+def test_evaluations_and_checkpoints_do_not_count_as_training(tmp_path, monkeypatch):
+    now, step_wait, save = [0], dqn.DummyVecEnv.step_wait, torch.save
+
+    def training_takes_a_second_per_step(envs):
+        now[0] += 1 if envs.num_envs == 2 else 1_000
+        return step_wait(envs)
+
+    def saving_takes_long(*args):
+        now[0] += 10_000
+        save(*args)
+
+    monkeypatch.setattr(dqn.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(dqn.DummyVecEnv, "step_wait", training_takes_a_second_per_step)
+    monkeypatch.setattr(torch, "save", saving_takes_long)
+    result = train("dqn_cartpole", tmp_path / "run", checkpoint_every=100)
+    assert result["seconds"] == 200 and [seconds for *_, seconds in result["evaluations"]] == [100, 200]
+    assert train("dqn_cartpole", "", resume=str(tmp_path / "run"), total_timesteps=600)["seconds"] == 300
 
 
 # --- It learns ---
@@ -717,6 +753,14 @@ def test_what_does_not_fit_the_checkpoint_is_one_line_and_nothing_is_written(fla
 # --- Played ---
 
 
+def test_a_window_shows_three_episodes(trained, cli, monkeypatch):
+    frames, render_frame = [], CartPoleEnv.render
+    monkeypatch.setattr(CartPoleEnv, "render", lambda env: frames.append(env.render_mode) or render_frame(env))
+    status, out, _ = cli("--play", trained / "best.pt", "--render", "--time-limit", 5)
+    assert status == 0 and out.count("return 5.0\n") == 3
+    assert frames.count("human") > 3 * 5
+
+
 @pytest.mark.parametrize("name", ["best.pt", "last.pt"])
 def test_playing_a_checkpoint_tells_its_return(name, cli, tmp_path):
     run_dir = tmp_path / "run"
@@ -734,8 +778,10 @@ def test_playing_a_checkpoint_tells_its_return(name, cli, tmp_path):
     assert set(tmp_path.rglob("*")) == files
 
 
-@pytest.mark.parametrize("flag, value, given", [("device", "cuda:9", ["--device", "cpu"]), ("track", "wandb", [])])
-def test_what_only_another_machine_has_can_be_done_without(flag, value, given, trained, cli, monkeypatch):
+@pytest.mark.parametrize("flag, value, given", [
+    ("device", "cuda:9", ["--device", "cpu"]), ("track", "wandb", []), ("video", True, []), ("earlier_flag", 1, []),
+])  # fmt: skip
+def test_what_another_machine_run_or_version_had_can_be_done_without(flag, value, given, trained, cli, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     for name in ("best.pt", "last.pt"):
         checkpoint = checkpoint_of(trained, name)
@@ -744,6 +790,7 @@ def test_what_only_another_machine_has_can_be_done_without(flag, value, given, t
     status, out, _ = cli("--play", trained / "best.pt", "--final-eval-episodes", 1, *given)
     assert status == 0 and "over 1 episodes" in out
     assert cli("--resume", trained, "--total-timesteps", 500, *given)[0] == 0
+    assert not (trained / "videos").exists()
 
 
 def test_a_film_shows_the_best_network(tmp_path):

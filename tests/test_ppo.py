@@ -447,7 +447,7 @@ def test_a_resumed_run_takes_the_flags_of_its_own_command_line(tmp_path, monkeyp
 
 
 def test_what_is_logged_is_of_the_last_minibatch(tmp_path, monkeypatch):
-    log_ratios, original = [], ppo.ppo_loss
+    log_ratios, value_losses, original, critic_loss = [], [], ppo.ppo_loss, ppo.critic_loss
 
     def spy(*args):
         loss, log_ratio = original(*args)
@@ -455,6 +455,7 @@ def test_what_is_logged_is_of_the_last_minibatch(tmp_path, monkeypatch):
         return loss, log_ratio
 
     monkeypatch.setattr(ppo, "ppo_loss", spy)
+    monkeypatch.setattr(ppo, "critic_loss", lambda *args: value_losses.append(critic_loss(*args)) or value_losses[-1])
     ppo.train(options(tmp_path, learning_rate=0.1, clip_coef=0.05, anneal_clip=False))
     logged = {metric: value for _, metric, value in rows_of(tmp_path / "run")}  # the last of each metric
     log_ratio, loss, clip_coef = log_ratios[-1]
@@ -463,6 +464,7 @@ def test_what_is_logged_is_of_the_last_minibatch(tmp_path, monkeypatch):
     assert logged["train/clip_fraction"] == pytest.approx(outside)
     assert logged["train/approx_kl"] == pytest.approx(ppo.approx_kl(log_ratio))
     assert logged["train/policy_loss"] == pytest.approx(loss)
+    assert logged["train/value_loss"] == pytest.approx(value_losses[-1].item())
 
 
 def test_explained_variance_is_of_the_rollout(tmp_path, monkeypatch):
