@@ -226,9 +226,9 @@ def test_auto_is_the_gpu_where_there_is_one(available, monkeypatch):
 # --- What the networks see ---
 
 
-def test_each_game_acts_on_its_own_last_four_frames(tmp_path, monkeypatch):
+def test_the_online_network_acts_on_the_last_four_frames_of_each_game(tmp_path, monkeypatch):
     step_wait, forward = dqn_atari.DummyVecEnv.step_wait, QNetwork.forward
-    steps, seen = [], []
+    steps, seen, actors = [], [], set()
 
     def watched_step(envs):
         steps.append(step_wait(envs))
@@ -237,12 +237,17 @@ def test_each_game_acts_on_its_own_last_four_frames(tmp_path, monkeypatch):
     def watched_forward(network, obs):
         if obs.shape[0] == 3:
             seen.append(obs.clone())
+            actors.add(network)
         return forward(network, obs)
 
     monkeypatch.setattr(dqn_atari.DummyVecEnv, "step_wait", watched_step)
     monkeypatch.setattr(QNetwork, "forward", watched_forward)
     run(tmp_path, num_envs=3, total_timesteps=210, time_limit=9)
     assert len(seen) == 70
+    (actor,) = actors
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert torch.equal(actor.head.weight, last["network"]["head.weight"])
+    assert not torch.equal(actor.head.weight, last["target_network"]["head.weight"])
     ended = 0
     for before, after, (frames, _, dones, _) in zip(seen, seen[1:], steps, strict=False):
         assert np.array_equal(after[:, 3], frames)

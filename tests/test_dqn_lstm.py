@@ -465,6 +465,23 @@ def test_what_is_kept_is_the_average_of_the_online_network(average_steps, tmp_pa
     assert torch.equal(kept, online[-1]) == (average_steps == 1)
 
 
+def test_the_online_network_acts(tmp_path, monkeypatch):
+    actors, forward = set(), lstm.QNetwork.forward
+
+    def watched(network, obs, state):
+        if len(obs) == 1 and not torch.is_grad_enabled():  # one step of the environments
+            actors.add(network)
+        return forward(network, obs, state)
+
+    monkeypatch.setattr(lstm.QNetwork, "forward", watched)
+    monkeypatch.setattr(lstm, "evaluate", lambda args, network, num_episodes, seed: np.zeros(num_episodes))
+    lstm.train(args := options(tmp_path, **SHORT, target_frequency=10**6))
+    (actor,) = actors
+    last = torch.load(Path(args.run_dir, "last.pt"), weights_only=True)
+    assert same(dict(actor.state_dict()), last["online_network"])
+    assert not same(last["online_network"], last["target_network"])
+
+
 @pytest.mark.parametrize("flags, eps", [({}, 1e-8), ({"optimizer_eps": 0.5}, 0.5)])
 def test_adam_gets_the_epsilon_of_the_flags(flags, eps, tmp_path, monkeypatch):
     seen, step = set(), torch.optim.Adam.step

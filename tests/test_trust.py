@@ -464,6 +464,7 @@ def test_what_a_console_cannot_show_ends_no_run(flags, status, said, cli, tmp_pa
         monkeypatch.setattr(sys, name, streams[-1])
     assert cli(*words(small("dqn_cartpole")), *flags)[0] == status
     assert said in b"".join(stream.buffer.getvalue() for stream in streams)
+    assert streams[0].line_buffering  # whoever follows a log file sees each line at once
     assert (tmp_path / "läuft" / "result.json").exists() == (status == 0)
 
 
