@@ -22,7 +22,7 @@ copy of the network that trails behind it.
     python dqn_cartpole.py --play runs/NAME/best.pt --render
 
 Measured with the defaults, seeds 1 to 20: the final network's greedy return over 100 episodes is 500.0 on 19 of 20
-(95 % interval of that rate: 75 to 99.9 %), and 490.8 on the other. Training takes about 32 s on one core.
+(95 % interval of that rate: 75 to 99.9 %), and 490.8 on the other. Training takes about 35 s on one core.
 
 Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of 20 seeds; lowest and highest at the end)
     evaluation           250        500        500          (489 to 500; on the way it rises, falls and rises again)

@@ -18,7 +18,7 @@ def made_with(command: str, *packages: str) -> dict:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "gymnasium", "stable-baselines3", "numpy", *packages)},
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
-        "commit": git.stdout.strip(),
+        "commit": git.stdout.strip() or None,
     }
 
 

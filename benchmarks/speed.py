@@ -30,7 +30,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "speed"
-OURS = "--epsilon-start 0.05 --epsilon-end 0.05"  # for all: SB3 has no forward pass for a random action
+OURS = "--epsilon-start 0.05 --epsilon-end 0.05"  # for all: the peers have no forward pass for a random action
 SB3 = {"algorithm": "DQN", "exploration_initial_eps": 0.05, "exploration_final_eps": 0.05}
 CLEANRL = "--start-e 0.05 --end-e 0.05"
 ATARI = (

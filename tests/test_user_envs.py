@@ -135,6 +135,9 @@ def test_two_runs_of_one_seed_are_equal_whatever_is_drawn_from(name, vec_env, en
     )
     assert first == second != other
     assert all(a != b for a, b in zip(*np.array(first[0])[:, :2], strict=True))  # two environments draw differently
+    if env_id == "GlobalRandom-v0":  # and no environment of one seed draws what another one of the next seed does
+        drawn = [{value for obs in run for row in obs for value in row[:2]} for run in (first, other)]
+        assert not drawn[0] & drawn[1]
 
 
 @each_script
