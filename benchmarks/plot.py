@@ -102,6 +102,7 @@ def plot_seeds(args: Args):
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
     axes.set(xlabel="transitions", ylabel=args.ylabel, title=args.title)
     axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axes.locator_params(axis="x", nbins=6)  # more labels of seven digits would touch
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     figure.tight_layout()
