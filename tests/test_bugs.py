@@ -152,7 +152,8 @@ def test_the_chinese_table_differs_in_the_words_for_the_mistakes_alone():
 
 @each_page
 def test_the_page_counts_the_mistakes(page):
-    assert f" {len(bugs.BUGS)} " in page.replace("\n", " ").partition("## 1.")[0] and len(rows(page)) == len(bugs.BUGS)
+    patches = {(bug.script, bug.old, bug.new) for bug in bugs.BUGS}  # two are shown with other flags as well
+    assert f" {len(patches)} " in page.replace("\n", " ").partition("## 1.")[0] and len(rows(page)) == len(bugs.BUGS)
 
 
 @each_page

@@ -368,7 +368,8 @@ def test_each_worker_is_seeded_for_itself():
     envs = dqn.make_envs(dqn.Args(env_id="toy_envs:GlobalRandom-v0", num_envs=3, seed=7))
     drawn = envs.reset()
     envs.close()
-    expected = [[random.Random(7 + i).random(), np.random.RandomState(7 + i).rand()] for i in range(3)]
+    seeds = [np.random.SeedSequence((7, i)).generate_state(1).item() for i in range(3)]
+    expected = [[random.Random(seed).random(), np.random.RandomState(seed).rand()] for seed in seeds]
     np.testing.assert_allclose(drawn, expected, rtol=1e-6)
 
 
