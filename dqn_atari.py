@@ -121,7 +121,7 @@ class Args:
     learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
     optimizer_eps: Positive = 1e-8  # added to what Adam divides by
     loss: Literal["mse", "huber"] = "huber"  # of the TD error: its square; or half of that, linear beyond 1
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where a CPU has it and no GPU is
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the CPU has it, without a GPU
 
     # environment
     env_id: str = "BreakoutNoFrameskip-v4"  # or ALE/{Game}-v5: sticky actions; or module:Env-v0 with frames of your own
@@ -907,7 +907,7 @@ def on_signal(number: int, frame):  # the run ends after its step, with a checkp
 
 
 def main(network_class):
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # in a log file too, each line as it is written
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console may lack characters; log lines at once
     try:
         args = parse_args()
         check_drawing(args)

@@ -738,7 +738,7 @@ def on_signal(number: int, frame):  # the run ends after its step, with a checkp
 
 
 def main(network_class):
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # in a log file too, each line as it is written
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console may lack characters; log lines at once
     try:
         args = parse_args()
         check_drawing(args)

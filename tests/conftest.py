@@ -67,6 +67,21 @@ def train(name: str, run_dir: Path, **changes) -> dict:
     return module.train(module.Args(**small(name, run_dir=str(run_dir), **changes)))
 
 
+def same(a, b):
+    """Whether two checkpoints, or parts of them, are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+class Interrupted(BaseException):
+    """Ends a run as a kill does: no handler of the scripts catches it."""
+
+
 def checkpoint_of(run_dir: Path, name: str = "last.pt") -> dict:
     return torch.load(run_dir / name, weights_only=True)
 

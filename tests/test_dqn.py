@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy_envs
-from conftest import SCRIPTS, checkpoint_of, load, rows_of, small, train
+from conftest import SCRIPTS, Interrupted, checkpoint_of, load, rows_of, same, small, train
 from gymnasium.envs.classic_control import CartPoleEnv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -500,17 +500,6 @@ def parameters_of(tmp_path_factory):
     return parameters
 
 
-def same(a, b):
-    """Whether two checkpoints, or parts of them, are equal to the bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def test_the_same_seed_gives_the_same_parameters_to_the_bit(parameters_of):
     assert same(parameters_of(), parameters_of(repetition=1))
 
@@ -674,10 +663,6 @@ def test_a_bootstrap_from_the_grave_does_not_learn(tmp_path, monkeypatch):
 
 
 # --- Resumed ---
-
-
-class Interrupted(BaseException):
-    pass
 
 
 def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy_envs
+from conftest import same
 from gymnasium.envs.classic_control import CartPoleEnv
 
 import dqn_lstm_cartpole as lstm
@@ -424,10 +425,6 @@ def test_a_truncation_taken_for_an_end_would_show(tmp_path, monkeypatch):
 def parameters_after(args):
     lstm.train(args)
     return torch.load(Path(args.run_dir, "last.pt"), weights_only=True)["network"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 SHORT = {"env_id": "CartPole-v1", "hide": "velocity", "total_timesteps": 400, "learning_starts": 100, "num_envs": 2}

@@ -23,7 +23,7 @@ import gymnasium as gym
 import psutil
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, checkpoint_of, environment, load, rows_of, small, train, words
+from conftest import ROOT, SCRIPTS, Interrupted, checkpoint_of, environment, load, rows_of, same, small, train, words
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -42,16 +42,6 @@ SAFETY_NET = 300  # seconds, which no loaded machine takes
 
 def flat(text):
     return " ".join(text.replace("│", " ").split())
-
-
-def equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def finite(state):
@@ -213,10 +203,6 @@ def test_a_closed_terminal_takes_no_more_words_and_is_no_error(python):
     assert python("-c", CLOSED, PYTHONPATH=str(ROOT)).returncode == 0
 
 
-class Interrupted(BaseException):
-    pass
-
-
 @pytest.fixture
 def interrupt(monkeypatch):
     """Train until this step, then end at once, as a kill does, with all in progress.csv that was written so far."""
@@ -259,7 +245,7 @@ def test_a_run_in_two_parts_ends_with_the_same_parameters_to_the_bit(name, vec_e
     train(name, "", **flags, resume=str(tmp_path / "parts"))
     whole, parts = (checkpoint_of(tmp_path / run) for run in ("whole", "parts"))
     for part in ("network", "optimizer", "counts", "torch_rng"):
-        assert equal(whole[part], parts[part]), part
+        assert same(whole[part], parts[part]), part
     whole, parts = ([row for row in rows_of(tmp_path / run) if "time" not in row[1]] for run in ("whole", "parts"))
     assert whole == parts
 
@@ -278,7 +264,7 @@ def test_a_resume_restores_everything_and_finishes_a_run_killed_at_its_end(name,
     if name == "dqn_atari":  # its memory stores the first frames of new episodes as soon as they begin
         assert after["memory"].pop("newest").tolist() == (before["memory"].pop("newest") + 2).tolist()
         after["memory"] = {key: array[: len(before["memory"][key])] for key, array in after["memory"].items()}
-    assert [part for part in before if part not in ("args", "record") and not equal(before[part], after[part])] == []
+    assert [part for part in before if part not in ("args", "record") and not same(before[part], after[part])] == []
     assert json.loads((run / "result.json").read_text()).items() >= after["counts"].items()
     assert_no_gap_and_no_double(run, [200, 400])
 
