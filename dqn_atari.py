@@ -9,7 +9,7 @@
 # ///
 """DQN on Atari: deep Q-learning from pixels (Mnih et al., Nature 518, 2015).
 
-    y = r_1 + ... + gamma^(n-1) * r_n + gamma^n * max_a' Q_target(s_n, a')    the target; no maximum at a lost life
+    y = r_1 + ... + gamma^(n-1) * r_n + gamma^n * max_a' Q_target(s_n, a')    the target; no last term at a lost life
     L = mean of Huber(y - Q(s, a))                                            the loss, over a minibatch of the memory
 
 The algorithm of dqn_cartpole.py, which is the script to read first, with what pixels ask for: a preprocessing that
@@ -56,6 +56,7 @@ of threads and --buffer-size, whose default can depend on the free memory.
 """
 
 import argparse
+import atexit
 import copy
 import importlib.util
 import json
@@ -78,7 +79,6 @@ import numpy as np
 import psutil
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from torch.utils.tensorboard import SummaryWriter
@@ -120,7 +120,7 @@ class Args:
     learning_rate: Positive = 2e-4  # step size of Adam at the start
     learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
     optimizer_eps: Positive = 1e-8  # added to what Adam divides by
-    loss: Literal["mse", "huber"] = "huber"  # of the TD error: its square; or half of that, linear beyond 1
+    loss: Literal["mse", "huber"] = "huber"  # the squared TD error; huber: half of it, linear where it is beyond 1
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the CPU has it, without a GPU
 
     # environment
@@ -162,12 +162,14 @@ def fit_memory(args: Args):
     if limit.exists() and limit.read_text() != "max\n":
         used = int(limit.with_name("memory.stat").read_text().split()[1])  # anon: what is no file's
         free = min(free, int(limit.read_text()) - used)
-    fitting = int(0.9 * free) // (84 * 84 + 8)  # bytes: a frame, and what else belongs to it; the rest is for all else
+    fitting = int(0.9 * free) // (84 * 84 + 8)  # bytes of a transition: its frame, and 8 more; 0.1 is left for the rest
     require(args, "buffer_size", (args.buffer_size or 1) <= fitting, f"{fitting:,} transitions fit into free memory")
     if args.buffer_size is None:  # 0.9 of what fits: it has to fit again at a resume, with less memory free
-        args.buffer_size = 1_000_000 if fitting >= 1_000_000 else math.ceil(0.9 * fitting)
+        args.buffer_size = min(1_000_000, math.ceil(0.9 * fitting))
         if args.buffer_size < 1_000_000:
-            print(f"the replay memory holds {args.buffer_size:,} transitions: 1,000,000 do not fit into free memory")
+            print(
+                f"the replay memory holds {args.buffer_size:,} transitions, not 1,000,000: more may not fit at a resume"
+            )
 
 
 # === Environment ======================================================================================================
@@ -327,8 +329,9 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
 
 
 def make_worker_env(args: Args, index: int):
-    """make_env in a worker process. Ctrl-C goes to a whole process group; only the main process is to see it."""
+    """make_env in a worker process. Ctrl-C and schedulers signal all processes; only the main one is to see it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # not SIG_IGN: what an environment starts would inherit it
     if os.name == "posix":
         os.setpgrp()
     for set_seed in (random.seed, np.random.seed):  # no other worker, of this seed or another, gets these numbers
@@ -349,6 +352,7 @@ def make_envs(args: Args):
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
     if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # they ignore SIGTERM
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
     except (EOFError, OSError):
@@ -583,13 +587,12 @@ def train(args: Args) -> dict:
     target_network = copy.deepcopy(q_network)
     optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, eps=args.optimizer_eps, fused=True)
     memory = ReplayMemory(args.buffer_size, args.num_envs)
-    loss_function = F.mse_loss if args.loss == "mse" else F.smooth_l1_loss
+    loss_function = nn.functional.mse_loss if args.loss == "mse" else nn.functional.smooth_l1_loss
     loss = torch.zeros(())  # until the first gradient step
     kept = {"memory": memory} if args.checkpoint_memory else {}
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, **kept)
-    counters = ("global_step", "gradient_steps", "target_syncs")
-    global_step, gradient_steps, target_syncs = (run.counts.get(name, 0) for name in counters)  # 0, unless resumed
-    # After a resume, counted back from global_step: --train-frequency may have changed.
+    global_step, gradient_steps = (run.counts.get(name, 0) for name in ("global_step", "gradient_steps"))
+    # After a resume: so that no gradient step is missed or made twice, even if --train-frequency has changed.
     learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
     if args.resume and not args.checkpoint_memory:  # the memory is empty: as many transitions again before learning
         learning_starts += args.learning_starts if gradient_steps else global_step
@@ -626,10 +629,9 @@ def train(args: Args) -> dict:
             optimizer.step()
             gradient_steps += 1
 
-            # Sync the target each time a multiple of target_frequency is crossed; a step stands for train_frequency.
+            # Update the target each time gradient_steps * train_frequency crosses a multiple of target_frequency.
             if gradient_steps * args.train_frequency % args.target_frequency < args.train_frequency:
                 target_network.load_state_dict(q_network.state_dict())
-                target_syncs += 1
 
             if gradient_steps % 500 == 0:
                 means = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
@@ -652,9 +654,9 @@ def train(args: Args) -> dict:
         # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
         if global_step % args.eval_every < args.num_envs:
             run.evaluate(global_step, eval_seed)
-        run.tick(global_step=global_step, gradient_steps=gradient_steps, target_syncs=target_syncs)
+        run.tick(global_step=global_step, gradient_steps=gradient_steps)
 
-    return run.finish(final_seed)
+    return run.finish(eval_seed, final_seed)
 
 
 # === Evaluation =======================================================================================================
@@ -710,6 +712,7 @@ def check_args(args):
     other = args.play or args.run_dir not in ("", args.resume)
     require(args, "resume", not (args.resume and other), "give it without --play and --run-dir")
     require(args, "track", args.track == "none" or importlib.util.find_spec(args.track), "pip install it first")
+    require(args, "video", not args.video or importlib.util.find_spec("moviepy"), "pip install moviepy first")
     screen = sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
     require(args, "render", not args.render or (args.play and screen), "needs --play CHECKPOINT and a screen")
 
@@ -756,7 +759,7 @@ class Run:
 
     def __init__(self, args, envs, network: nn.Module, **parts):
         self.args, self.envs, self.network, self.parts = args, envs, network, {"network": network, **parts}
-        self.counts, self.latest = {"global_step": 0}, {}  # counters as of the last tick; metrics as of the last log
+        self.counts, self.latest = {"global_step": 0}, {}  # counters as of the last tick; the last training metrics
         self.record = {"evaluations": [], "returns": [], "seconds": 0.0, "csv_size": 0}
         name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
         self.dir = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
@@ -774,7 +777,7 @@ class Run:
         except OSError as error:
             raise UsageError(f"cannot make the run directory {self.dir}: {error.strerror}") from None
         (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        self.csv = open(self.dir / "progress.csv", "a")
+        self.csv = open(self.dir / "progress.csv", "a", buffering=1)
         self.csv.seek(self.csv.truncate(min(self.record["csv_size"], self.csv.tell())))  # the rest is written again
         self.csv.write("" if args.resume else "step,metric,value\n")
         self.tensorboard = SummaryWriter(str(self.dir), purge_step=self.counts["global_step"] + 1)
@@ -784,13 +787,13 @@ class Run:
 
     def log(self, global_step: int, group: str, **metrics: float):
         """Write numbers to progress.csv and TensorBoard, and so to a tracker, as group/name."""
-        if group == "train" and self.record["returns"]:
-            metrics = {"return_mean_100": self.mean_return(), **metrics}
-        metrics = {f"{group}/{name}": value for name, value in metrics.items()}
+        if group == "train":
+            if self.record["returns"]:
+                metrics = {"return_mean_100": self.mean_return(), **metrics}
+            self.latest = metrics
         for name, value in metrics.items():
-            self.csv.write(f"{global_step},{name},{value}\n")
-            self.tensorboard.add_scalar(name, value, global_step)
-        self.latest |= metrics
+            self.csv.write(f"{global_step},{group}/{name},{value}\n")
+            self.tensorboard.add_scalar(f"{group}/{name}", value, global_step)
 
     def log_episodes(self, global_step: int, infos):
         """Write the episodes that ended to progress.csv; TensorBoard gets their mean return only, with the metrics."""
@@ -811,14 +814,14 @@ class Run:
 
     def evaluate(self, global_step: int, seed: int):
         """Evaluate the network, off the clock, and keep it as best.pt if none was better before."""
-        now, best = time.perf_counter(), self.dir / "best.pt"
+        now = time.perf_counter()
         returns = evaluate(self.args, self.network, self.args.eval_episodes, seed)
         mean, seconds = float(returns.mean()), now - self.started
         self.log(global_step, "eval", return_mean=mean, return_min=float(returns.min()))
         self.record["evaluations"].append([global_step, mean, seconds])
-        if not best.exists() or mean >= load_checkpoint(best)["return_mean"]:
-            save_checkpoint(best, network=self.network, args=asdict(self.args), return_mean=mean)
-        shown = [f"{name[6:]} {value:.3g}" for name, value in self.latest.items() if name.startswith("train/")][:4]
+        if mean >= max(evaluation[1] for evaluation in self.record["evaluations"]):
+            save_checkpoint(self.dir / "best.pt", network=self.network, args=asdict(self.args))
+        shown = [f"{name} {value:.3g}" for name, value in self.latest.items()][:4]
         tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
         self.started += time.perf_counter() - now
 
@@ -830,6 +833,7 @@ class Run:
         if stopped_by or step % self.args.checkpoint_every < step - last_step:
             self.save()
         if stopped_by:
+            self.envs.close()
             tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}")
             raise SystemExit(128 + stopped_by)
 
@@ -843,24 +847,25 @@ class Run:
         save_checkpoint(self.dir / "last.pt", **about, torch_rng=torch.get_rng_state(), **self.parts)
         self.started += time.perf_counter() - now
 
-    def finish(self, seed: int) -> dict:
+    def finish(self, eval_seed: int, final_seed: int) -> dict:
         """Save; evaluate the final and the best network on seeds not used so far; write result.json."""
         self.save()
         self.bar.close()
         self.envs.close()  # before the evaluations: of some environments only few can exist at a time
+        if self.counts["global_step"] not in [evaluation[0] for evaluation in self.record["evaluations"]]:
+            self.evaluate(self.counts["global_step"], eval_seed)  # the final network may be the best
         args, best_network, seconds = self.args, copy.deepcopy(self.network), self.record["seconds"]
-        if (self.dir / "best.pt").exists():
-            load_checkpoint(self.dir / "best.pt", network=best_network)
-        final, best = (evaluate(args, n, args.final_eval_episodes, seed) for n in (self.network, best_network))
+        load_checkpoint(self.dir / "best.pt", network=best_network)
+        final, best = (evaluate(args, n, args.final_eval_episodes, final_seed) for n in (self.network, best_network))
         result = {**self.counts, "seconds": seconds, "best_return_mean": float(best.mean()), "run_dir": str(self.dir)}
         result |= {f"final_return_{name}": float(getattr(final, name)()) for name in ("mean", "min", "std")}
         result["evaluations"] = self.record["evaluations"]  # [global_step, mean return, seconds of training]
         print(f"final network: {final.mean():.1f}, best network: {best.mean():.1f}; {seconds:.1f} s of training")
-        if args.video:
-            evaluate(args, best_network, 1, seed, render_mode="rgb_array", video_dir=self.dir / "videos")
-            print(f"film: {self.dir / 'videos' / 'rl-video-episode-0.mp4'}")
-        print(f"{self.dir} holds best.pt and progress.csv; its curves: tensorboard --logdir {self.dir}")
         (self.dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(f"{self.dir} holds best.pt and progress.csv; its curves: tensorboard --logdir {self.dir}")
+        if args.video:
+            evaluate(args, best_network, 1, final_seed, render_mode="rgb_array", video_dir=self.dir / "videos")
+            print(f"film: {self.dir / 'videos' / 'rl-video-episode-0.mp4'}")
         return result
 
 
@@ -901,7 +906,7 @@ def on_signal(number: int, frame):  # the run ends after its step, with a checkp
     Run.signal = number
     signal.signal(number, signal.SIG_DFL)
     try:  # print could be interrupted by itself
-        os.write(2, b"\nstopping after this step, or the final evaluation; once more stops at once\n")
+        os.write(2, b"\nstopping after this step or evaluation; once more stops at once\n")
     except OSError:  # the terminal was closed: nothing more can be written to it
         os.dup2(os.dup2(os.open(os.devnull, os.O_WRONLY), 1), 2)
 

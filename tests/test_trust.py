@@ -20,10 +20,24 @@ from pathlib import Path
 from types import ModuleType
 
 import gymnasium as gym
+import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, Interrupted, checkpoint_of, environment, load, rows_of, same, small, train, words
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    Interrupted,
+    checkpoint_of,
+    count_updates,
+    environment,
+    load,
+    rows_of,
+    same,
+    small,
+    train,
+    words,
+)
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -168,6 +182,13 @@ def test_a_signal_to_all_processes_of_a_terminal_ends_them_all(number, start, tm
     assert_no_gap_and_no_double(run, [200, 400])
 
 
+@pytest.mark.parametrize("vec_env, signals", [("dummy", "2"), ("subproc", "2"), ("subproc", "")])
+def test_environments_are_closed_after_a_signal_and_at_the_end(vec_env, signals, start):
+    flags = small("dqn_cartpole", env_id="toy_envs:Simulator-v0", run_dir="run", vec_env=vec_env)
+    status, _, err = start(*words(flags), signals=signals)  # which looks for processes that are left
+    assert status == (128 + signal.SIGINT if signals else 0), err
+
+
 def ignore(number):
     return lambda: signal.signal(number, signal.SIG_IGN)
 
@@ -233,6 +254,16 @@ def test_what_was_written_after_the_checkpoint_comes_again_once(name, interrupt,
     assert {metric for step, metric, _ in rows_of(run) if step > 200} >= {"eval/return_mean", "train/episode_return"}
     train(name, "", resume=str(run), **flags)
     assert_no_gap_and_no_double(run, [100, 200, 300, 400])
+
+
+def test_what_was_undone_is_not_the_best(interrupt, tmp_path, monkeypatch):
+    scripted = iter([1, 2, 9, 3, 4, 0, 0])  # at 100, 200 and 300; again at 300, at 400; the final and the best network
+    monkeypatch.setattr(load(SCRIPT), "evaluate", lambda args, network, n, seed: np.full(n, next(scripted)))
+    flags = {"checkpoint_every": 200, "eval_every": 100}
+    interrupt("dqn_cartpole", tmp_path / "run", 300, **flags)
+    train("dqn_cartpole", "", resume=str(tmp_path / "run"), **flags)
+    best, last = (checkpoint_of(tmp_path / "run", file)["network"] for file in ("best.pt", "last.pt"))
+    assert same(best, last)
 
 
 @pytest.mark.parametrize("name, vec_env", [*((name, "dummy") for name in VECTOR_NAMES), ("dqn_vecenv", "subproc")])
@@ -488,6 +519,17 @@ def test_a_film_of_a_long_episode_ends_after_1500_frames(name, tmp_path, monkeyp
     assert len(films) == 1 and 1_400 < films[0] <= 1_500
 
 
+def test_a_film_that_fails_leaves_the_result(tmp_path, monkeypatch):
+    def stop_recording(video):
+        video.recording, video.recorded_frames = False, []
+        raise OSError("no encoder")
+
+    monkeypatch.setattr(gym.wrappers.RecordVideo, "stop_recording", stop_recording)
+    with pytest.raises(OSError, match="no encoder"):
+        train("dqn_cartpole", tmp_path / "run", env_id="toy_envs:LongFilm-v0", video=True)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["global_step"] == 400
+
+
 def test_a_window_needs_a_screen(finished, cli, tmp_path, monkeypatch):
     file = finished("dqn_cartpole", tmp_path / "run") / "best.pt"
     for name in ("SDL_VIDEODRIVER", "DISPLAY", "WAYLAND_DISPLAY"):
@@ -521,8 +563,8 @@ ANY = {
     "no such run": (["--resume", "nowhere"], "nowhere/last.pt cannot be used"),
     "no such checkpoint": (["--play", "nowhere.pt"], "nowhere.pt cannot be used"),
     "window in a training": (["--render"], "--render True: needs --play"),
-    "film of what has no pictures": (["--env-id", "toy_envs:Constant-v0", *FILM], "--video True"),
-    "film of what draws nothing": (["--env-id", "toy_envs:Blank-v0", *FILM], "--video True"),
+    "film of what has no pictures": (["--env-id", "toy_envs:Constant-v0", *FILM], "--video True: this"),
+    "film of what draws nothing": (["--env-id", "toy_envs:Blank-v0", *FILM], "--video True: this"),
     "learning never starts": (["--learning-starts", 900, "--total-timesteps", 500], "--learning-starts 900"),
 }
 OWN = {
@@ -547,6 +589,13 @@ def test_nonsense_is_refused_before_anything_is_written(name, arguments, message
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_film_without_moviepy_is_refused_before_the_run(cli, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "moviepy", None)  # as if it were not installed
+    status, _, err = cli(*FILM)
+    assert status == 2 and "--video True: pip install moviepy first" in flat(err)
+    assert list(tmp_path.iterdir()) == []
+
+
 @each_script
 def test_every_number_has_a_range(name):
     module = load(ROOT / f"{name}.py")
@@ -566,16 +615,23 @@ def test_what_is_due_at_a_multiple_comes_when_it_is_crossed(name, tmp_path, monk
     save = module.Run.save
     monkeypatch.setattr(module.Run, "save", lambda run: (saved.append(run.counts["global_step"]), save(run)))
     iteration = 3 * 20 if name == "ppo_cartpole" else 3  # transitions
-    flags = {"num_envs": 3, "num_steps": 20, "eval_every": 70, "checkpoint_every": 50, "target_frequency": 90}
+    flags = {"num_envs": 3, "num_steps": 20, "eval_every": 110, "checkpoint_every": 50, "target_frequency": 90}
     known = {field.name for field in dataclasses.fields(module.Args)}
-    result = train(name, tmp_path / "run", **{flag: value for flag, value in flags.items() if flag in known})
+    updates = count_updates(module, monkeypatch) if name != "ppo_cartpole" else {}
+    flags = {flag: value for flag, value in flags.items() if flag in known}
+    result = train(name, tmp_path / "run", **flags)
+    if name != "ppo_cartpole":  # it has no target network
+        assert result["gradient_steps"] * small(name)["train_frequency"] // 90 == 3 in updates.values()
     end = result["global_step"]
     ends = range(iteration, end + 1, iteration)
 
     def due(every):
         return [step for step in ends if step // every > (step - iteration) // every]
 
-    assert [step for step, *_ in result["evaluations"]] == due(70)
-    assert saved == [*due(50), end]
-    if name != "ppo_cartpole":  # it has no target network
-        assert result["target_syncs"] == result["gradient_steps"] * small(name)["train_frequency"] // 90 == 3
+    assert end not in due(110)  # the final network is evaluated too, and once if a finished run is resumed
+    again = train(name, "", **flags, resume=str(tmp_path / "run"))
+    for evaluations in (result["evaluations"], again["evaluations"]):
+        assert [step for step, *_ in evaluations] == [*due(110), end]
+    rows = rows_of(tmp_path / "run")
+    assert [step for step, metric, _ in rows if metric == "eval/return_mean"] == [*due(110), end]
+    assert saved == [*due(50), end, end]

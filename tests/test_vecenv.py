@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 import toy_envs
-from conftest import ROOT, checkpoint_of, environment, small, train, words
+from conftest import ROOT, checkpoint_of, count_updates, environment, small, train, words
 from stable_baselines3.common.vec_env import DummyVecEnv
 from test_dqn import assert_memory_holds_what_happened, learned_value
 
@@ -421,15 +421,14 @@ def test_a_killed_worker_ends_the_run(running, tmp_path):
     assert_nothing_is_left(children)
 
 
-@pytest.mark.parametrize("running", ["spawn"], indirect=True)
-def test_ctrl_c_saves_and_ends_all_processes_where_workers_are_spawned(running, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("running", ["default", "spawn"], indirect=True)
+def test_a_signal_to_all_processes_is_for_the_main_one(running, number, tmp_path):
     process, children = running
-    for worker in workers_of(process):
-        assert os.getpgid(worker.pid) == worker.pid  # out of reach of what is sent to the group
-        worker.send_signal(signal.SIGINT)  # ignored: it is for the main process to see
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    for child in [*children, psutil.Process(process.pid)]:  # a terminal and a scheduler do so
+        child.send_signal(number)
     out, err = process.communicate(timeout=SAFETY_NET)
-    assert process.returncode == 128 + signal.SIGINT
+    assert process.returncode == 128 + number
     assert "dqn_vecenv.py --resume run" in out and "Traceback" not in err
     assert checkpoint_of(tmp_path / "run")["counts"]["global_step"] >= 1_500
     assert_nothing_is_left(children)
@@ -439,10 +438,11 @@ def test_ctrl_c_saves_and_ends_all_processes_where_workers_are_spawned(running, 
 
 
 @pytest.mark.parametrize("num_envs", [1, 3, 8])
-def test_gradient_steps_are_counted_in_transitions(num_envs, run):
+def test_gradient_steps_are_counted_in_transitions(num_envs, run, monkeypatch):
+    updates = count_updates(dqn, monkeypatch)
     result = run(num_envs=num_envs, target_frequency=10)
     assert result["gradient_steps"] == (result["global_step"] - 100) // 4
-    assert result["target_syncs"] == result["gradient_steps"] * 4 // 10
+    assert updates.total() == result["gradient_steps"] * 4 // 10
 
 
 def test_exploration_is_drawn_for_each_environment(run, memories, monkeypatch):

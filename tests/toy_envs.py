@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import subprocess
 from typing import ClassVar
 
 import gymnasium as gym
@@ -454,6 +455,17 @@ class Signals(Walk):
         return super().step(action)
 
 
+class Simulator(Signals):
+    """Starts a process of its own, out of reach of a terminal, and ends it when it is closed."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(timeout=60)
+
+
 class LongFilm(Walk):
     """Draws a small picture in each of its 1,600 steps."""
 
@@ -491,7 +503,7 @@ for name, which in {"NanFirst-v0": 1, "NanLater-v0": 30}.items():
     gym.register(name, entry_point=NanReset, disable_env_checker=True, max_episode_steps=5, kwargs={"which": which})
 for entry_point in (
     *(Walk, Forms, Fractions, OneInfo, GlobalRandom, Samples, IntSeed, Counted, Item, StartsAtOne, Aliases, Table),
-    *(Mixture, Matrix, Positions, BrokenInit, Huge, Signals, LongFilm),
+    *(Mixture, Matrix, Positions, BrokenInit, Huge, Signals, Simulator, LongFilm),
 ):
     gym.register(f"{entry_point.__name__}-v0", entry_point=entry_point)
 gym.register("WithStatistics-v0", entry_point=with_statistics)
