@@ -181,8 +181,8 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
 
 def make_worker_env(args: Args, index: int):
     """make_env in a worker process. Ctrl-C and schedulers signal all processes; only the main one is to see it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # not SIG_IGN: what an environment starts would inherit it
+    for number in (signal.SIGINT, signal.SIGTERM):  # ignored once; what an environment starts would inherit SIG_IGN
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
     if os.name == "posix":
         os.setpgrp()
     for set_seed in (random.seed, np.random.seed):  # no other worker, of this seed or another, gets these numbers
@@ -203,7 +203,8 @@ def make_envs(args: Args):
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
     if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # they ignore SIGTERM
+    others = multiprocessing.active_children()  # at exit kill those made here: they ignore the SIGTERM they then get
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p not in others])
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
     except (EOFError, OSError):
@@ -645,7 +646,7 @@ class Run:
         mean, seconds = float(returns.mean()), now - self.started
         self.log(global_step, "eval", return_mean=mean, return_min=float(returns.min()))
         self.record["evaluations"].append([global_step, mean, seconds])
-        if mean >= max(evaluation[1] for evaluation in self.record["evaluations"]):
+        if not any(earlier > mean for _, earlier, _ in self.record["evaluations"]):
             save_checkpoint(self.dir / "best.pt", network=self.network, args=asdict(self.args))
         shown = [f"{name} {value:.3g}" for name, value in self.latest.items()][:4]
         tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
@@ -659,8 +660,8 @@ class Run:
         if stopped_by or step % self.args.checkpoint_every < step - last_step:
             self.save()
         if stopped_by:
-            self.envs.close()
             tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}")
+            self.envs.close()
             raise SystemExit(128 + stopped_by)
 
     def save(self):
@@ -674,14 +675,15 @@ class Run:
         self.started += time.perf_counter() - now
 
     def finish(self, eval_seed: int, final_seed: int) -> dict:
-        """Save; evaluate the final and the best network on seeds not used so far; write result.json."""
-        self.save()
+        """Save; judge the final and the best network by seeds not used so far; write result.json."""
         self.bar.close()
         self.envs.close()  # before the evaluations: of some environments only few can exist at a time
         if self.counts["global_step"] not in [evaluation[0] for evaluation in self.record["evaluations"]]:
             self.evaluate(self.counts["global_step"], eval_seed)  # the final network may be the best
+        self.save()
         args, best_network, seconds = self.args, copy.deepcopy(self.network), self.record["seconds"]
-        load_checkpoint(self.dir / "best.pt", network=best_network)
+        if (self.dir / "best.pt").exists():  # unless somebody took it away
+            load_checkpoint(self.dir / "best.pt", network=best_network)
         final, best = (evaluate(args, n, args.final_eval_episodes, final_seed) for n in (self.network, best_network))
         result = {**self.counts, "seconds": seconds, "best_return_mean": float(best.mean()), "run_dir": str(self.dir)}
         result |= {f"final_return_{name}": float(getattr(final, name)()) for name in ("mean", "min", "std")}
@@ -732,7 +734,7 @@ def on_signal(number: int, frame):  # the run ends after its step, with a checkp
     Run.signal = number
     signal.signal(number, signal.SIG_DFL)
     try:  # print could be interrupted by itself
-        os.write(2, b"\nstopping after this step or evaluation; once more stops at once\n")
+        os.write(2, b"\nstopping after this step or evaluation, or with the result; once more stops at once\n")
     except OSError:  # the terminal was closed: nothing more can be written to it
         os.dup2(os.dup2(os.open(os.devnull, os.O_WRONLY), 1), 2)
 

@@ -256,7 +256,7 @@ def test_what_was_written_after_the_checkpoint_comes_again_once(name, interrupt,
     assert_no_gap_and_no_double(run, [100, 200, 300, 400])
 
 
-def test_what_was_undone_is_not_the_best(interrupt, tmp_path, monkeypatch):
+def test_a_later_evaluation_replaces_a_best_one_that_was_undone(interrupt, tmp_path, monkeypatch):
     scripted = iter([1, 2, 9, 3, 4, 0, 0])  # at 100, 200 and 300; again at 300, at 400; the final and the best network
     monkeypatch.setattr(load(SCRIPT), "evaluate", lambda args, network, n, seed: np.full(n, next(scripted)))
     flags = {"checkpoint_every": 200, "eval_every": 100}
@@ -264,6 +264,43 @@ def test_what_was_undone_is_not_the_best(interrupt, tmp_path, monkeypatch):
     train("dqn_cartpole", "", resume=str(tmp_path / "run"), **flags)
     best, last = (checkpoint_of(tmp_path / "run", file)["network"] for file in ("best.pt", "last.pt"))
     assert same(best, last)
+
+
+def test_a_run_that_is_made_longer_remembers_its_evaluation_at_the_end(tmp_path, monkeypatch):
+    run, scripted = tmp_path / "run", iter([1, 2, 9, 0, 0, 3, 4, 0, 0])  # two zeros: the final and the best network
+    monkeypatch.setattr(load(SCRIPT), "evaluate", lambda args, network, n, seed: np.full(n, next(scripted)))
+    train("dqn_cartpole", run, eval_every=150)
+    best = checkpoint_of(run, "best.pt")["network"]
+    assert same(best, checkpoint_of(run)["network"])
+    result = train("dqn_cartpole", "", eval_every=150, resume=str(run), total_timesteps=500)
+    assert [(step, mean) for step, mean, _ in result["evaluations"]] == [
+        (150, 1),
+        (300, 2),
+        (400, 9),
+        (450, 3),
+        (500, 4),
+    ]
+    assert_no_gap_and_no_double(run, [150, 300, 400, 450, 500])
+    assert same(best, checkpoint_of(run, "best.pt")["network"])
+
+
+def test_the_console_shows_the_mean_return_also_where_the_first_episode_ends_late(tmp_path, capsys):
+    flags = {"env_id": "toy_envs:LongFilm-v0", "time_limit": 125, "train_frequency": 1, "eval_every": 400}
+    train("dqn_cartpole", tmp_path / "run", **flags)
+    first = next(step for step, metric, _ in rows_of(tmp_path / "run") if metric == "train/loss")
+    ended = next(step for step, metric, _ in rows_of(tmp_path / "run") if metric == "train/episode_return")
+    assert first < ended
+    assert re.search(
+        r"400 steps .* eval +125.0  return_mean_100 125  loss \S+  q_taken \S+  epsilon \S+\n", capsys.readouterr().out
+    )
+
+
+def test_a_run_whose_best_network_was_taken_away_ends_with_a_result(tmp_path):
+    train("dqn_cartpole", tmp_path / "run")
+    (tmp_path / "run" / "best.pt").unlink()
+    (tmp_path / "run" / "result.json").unlink()
+    result = train("dqn_cartpole", "", resume=str(tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["global_step"] == result["global_step"] == 400
 
 
 @pytest.mark.parametrize("name, vec_env", [*((name, "dummy") for name in VECTOR_NAMES), ("dqn_vecenv", "subproc")])
