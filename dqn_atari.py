@@ -23,7 +23,7 @@ other environment whose observation is one 84x84 grey frame is learned too (docs
     python dqn_atari.py --play runs/NAME/best.pt --render
 
 Breakout, seed 1, two cores without a GPU: the mean score of the last 100 training games passes 69.9 after 54 minutes
-and 920,000 transitions, is 79 after an hour and 1,012,000, and 116 at 1,914,000: the 10 million were not run to their
+and 920,000 transitions, is 79 after an hour and 1,012,000, and 129 at 2,309,000: the 10 million were not run to their
 end. Pong with --target-return 18 ends after 37, 50 and 42 minutes (seeds 1 to 3). In bfloat16; float32 takes longer.
 
 Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, seed 1
