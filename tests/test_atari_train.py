@@ -16,7 +16,8 @@ from dqn_atari import Args, QNetwork, fit_memory, make_env, push_frames, train
 
 SHORT = {
     **{"total_timesteps": 600, "learning_starts": 200, "buffer_size": 1_000, "num_envs": 2, "vec_env": "dummy"},
-    **{"time_limit": 30, "eval_every": 10_000, "final_eval_episodes": 1, "batch_size": 4, "train_frequency": 4},
+    **{"time_limit": 30, "eval_every": 10_000, "batch_size": 4, "train_frequency": 4},
+    **{"eval_episodes": 1, "final_eval_episodes": 1},
     **{"precision": "float32"},
 }
 

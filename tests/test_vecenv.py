@@ -421,8 +421,9 @@ def test_a_killed_worker_ends_the_run(running, tmp_path):
     assert_nothing_is_left(children)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-@pytest.mark.parametrize("running", ["default", "spawn"], indirect=True)
+@pytest.mark.parametrize(
+    "running, number", [("default", signal.SIGTERM), ("spawn", signal.SIGINT)], indirect=["running"]
+)
 def test_a_signal_to_all_processes_is_for_the_main_one(running, number, tmp_path):
     process, children = running
     for child in children:  # a terminal or a scheduler signals all of them
