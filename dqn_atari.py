@@ -591,7 +591,7 @@ def train(args: Args) -> dict:
     kept = {"memory": memory} if args.checkpoint_memory else {}
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, **kept)
     global_step, gradient_steps = (run.counts.get(name, 0) for name in ("global_step", "gradient_steps"))
-    # After a resume: so that no gradient step is missed or made twice, even if --train-frequency has changed.
+    # After a resume: such that gradient_steps fits global_step, even if --train-frequency has changed.
     learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
     if args.resume and not args.checkpoint_memory:  # the memory is empty: as many transitions again before learning
         learning_starts += args.learning_starts if gradient_steps else global_step
@@ -711,7 +711,6 @@ def check_args(args):
     other = args.play or args.run_dir not in ("", args.resume)
     require(args, "resume", not (args.resume and other), "give it without --play and --run-dir")
     require(args, "track", args.track == "none" or importlib.util.find_spec(args.track), "pip install it first")
-    require(args, "video", not args.video or importlib.util.find_spec("moviepy"), "pip install moviepy first")
     screen = sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
     require(args, "render", not args.render or (args.play and screen), "needs --play CHECKPOINT and a screen")
 
@@ -787,9 +786,8 @@ class Run:
     def log(self, global_step: int, group: str, **metrics: float):
         """Write numbers to progress.csv and TensorBoard, and so to a tracker, as group/name."""
         if group == "train":
-            if self.record["returns"]:
-                metrics = {"return_mean_100": self.mean_return(), **metrics}
-            self.latest = metrics
+            known = {"return_mean_100": self.mean_return()} if self.record["returns"] else {}
+            self.latest = metrics = known | metrics
         for name, value in metrics.items():
             self.csv.write(f"{global_step},{group}/{name},{value}\n")
             self.tensorboard.add_scalar(f"{group}/{name}", value, global_step)
@@ -906,7 +904,7 @@ def on_signal(number: int, frame):  # the run ends after its step, with a checkp
     Run.signal = number
     signal.signal(number, signal.SIG_DFL)
     try:  # print could be interrupted by itself
-        os.write(2, b"\nstopping after this step or evaluation, or with the result; once more stops at once\n")
+        os.write(2, b"\nstopping after this step, evaluation or final result; once more stops at once\n")
     except OSError:  # the terminal was closed: nothing more can be written to it
         os.dup2(os.dup2(os.open(os.devnull, os.O_WRONLY), 1), 2)
 
