@@ -3,7 +3,7 @@
     python benchmarks/atari_memory.py                    # a million transitions: needs 8 GB
     python benchmarks/atari_memory.py --buffer-size 30000
 
-It writes to every page of the replay memory, as a full one has been, trains for some hundred steps with 8 games in
+It writes to every page of the replay memory, as a full one has been, trains for some hundred steps with games in
 worker processes, evaluates, and writes a checkpoint; then it reads the process's highest resident size. Writes
 benchmarks/results/atari_memory/atari_memory.csv.
 """
@@ -25,10 +25,11 @@ OUT = ROOT / "benchmarks" / "results" / "atari_memory"
 @dataclass
 class Args:
     buffer_size: int = 1_000_000  # transitions in the replay memory
+    num_envs: int = 8  # games that step side by side
     out: str = str(OUT)  # directory of the CSV file
 
 
-def measure(buffer_size: int) -> dict:
+def measure(buffer_size: int, num_envs: int) -> dict:
     """Return bytes: of the frames, of the whole replay memory, and the highest resident size of this process."""
     sys.path.insert(0, str(ROOT))
     import dqn_atari
@@ -45,7 +46,7 @@ def measure(buffer_size: int) -> dict:
     dqn_atari.ReplayMemory.__init__ = fill
     with tempfile.TemporaryDirectory() as folder:
         every = {"learning_starts": 400, "total_timesteps": 600, "eval_every": 300, "checkpoint_every": 300}
-        games = {"time_limit": 100, "eval_episodes": 5, "final_eval_episodes": 5}
+        games = {"num_envs": num_envs, "time_limit": 100, "eval_episodes": 5, "final_eval_episodes": 5}
         dqn_atari.train(dqn_atari.Args(buffer_size=buffer_size, run_dir=f"{folder}/run", **every, **games))
     kilobyte = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
     return {**sizes, "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte}
@@ -63,7 +64,7 @@ def write_row(row: dict, path: Path, command: str):
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    sizes = measure(args.buffer_size)
+    sizes = measure(args.buffer_size, args.num_envs)
     row = {"transitions": args.buffer_size, **sizes, "everything_else": sizes["process"] - sizes["memory"]}
-    command = f"python benchmarks/atari_memory.py --buffer-size {args.buffer_size}"
+    command = f"python benchmarks/atari_memory.py --buffer-size {args.buffer_size} --num-envs {args.num_envs}"
     write_row(row, Path(args.out, "atari_memory.csv"), command)

@@ -125,7 +125,7 @@ def denormal_numbers():
 def python(tmp_path):
     """Run Python with these arguments in tmp_path, with stdin closed."""
 
-    def run(*args, timeout: float = 120, **env) -> subprocess.CompletedProcess:
+    def run(*args, timeout: float = 300, **env) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, *map(str, args)],
             cwd=tmp_path,

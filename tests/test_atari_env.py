@@ -109,7 +109,7 @@ def compare(env_id, num_steps, training=True, time_limit=None, seed=7):
     return counts
 
 
-@pytest.mark.parametrize("game", ["Breakout", "Pong", "MsPacman", "BeamRider", "Seaquest", "BankHeist"])
+@pytest.mark.parametrize("game", ["Breakout", "Pong", "MsPacman", "BankHeist"])
 def test_equals_sb3_while_training(game):
     counts = compare(f"{game}NoFrameskip-v4", 2200)
     assert counts["games"] and counts["rewards"]

@@ -44,8 +44,7 @@ def test_a_reward_that_is_no_number_ends_the_run_at_its_step(tmp_path, monkeypat
 # --- The optimiser, the memory ---
 
 
-@pytest.mark.parametrize("end", [0.0, 0.01, 0.02])
-def test_the_learning_rate_goes_to_its_end_in_a_straight_line(end, tmp_path, monkeypatch):
+def test_the_learning_rate_goes_to_its_end_in_a_straight_line(tmp_path, monkeypatch):
     rates, step = [], torch.optim.Adam.step
 
     def watched(optimizer):
@@ -53,9 +52,9 @@ def test_the_learning_rate_goes_to_its_end_in_a_straight_line(end, tmp_path, mon
         step(optimizer)
 
     monkeypatch.setattr(torch.optim.Adam, "step", watched)
-    run(tmp_path, learning_rate=0.01, learning_rate_end=end, batch_size=1, train_frequency=4)
+    run(tmp_path, learning_rate=0.01, learning_rate_end=0.02, batch_size=1, train_frequency=4)
     steps = np.arange(204, 601, 4) / 600  # a gradient step per 4 transitions after 200, of 600
-    assert rates == pytest.approx(0.01 + steps * (end - 0.01))
+    assert rates == pytest.approx(0.01 + steps * (0.02 - 0.01))
 
 
 def test_denormal_numbers_count_as_zeros_while_it_trains(tmp_path, monkeypatch):
@@ -272,8 +271,7 @@ def test_evaluating_does_not_change_the_training(tmp_path):
 # --- Counts and resume ---
 
 
-@pytest.mark.parametrize("num_envs", [1, 3, 8])
-@pytest.mark.parametrize("train_frequency, target_frequency", [(4, 40), (16, 100)])
+@pytest.mark.parametrize("num_envs, train_frequency, target_frequency", [(1, 4, 40), (8, 16, 100)])
 def test_gradient_steps_do_not_depend_on_the_number_of_games(
     num_envs, train_frequency, target_frequency, tmp_path, monkeypatch
 ):
@@ -287,15 +285,14 @@ def test_gradient_steps_do_not_depend_on_the_number_of_games(
 
 @pytest.mark.parametrize("target_frequency, copied", [(4, True), (10_000, False)])
 def test_the_target_network_is_a_copy_as_of_the_last_sync(target_frequency, copied, tmp_path):
-    run(tmp_path, train_frequency=4, target_frequency=target_frequency)
+    run(tmp_path, total_timesteps=240, train_frequency=4, target_frequency=target_frequency)
     last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert copied == all(torch.equal(last["network"][name], last["target_network"][name]) for name in last["network"])
 
 
-@pytest.mark.parametrize("vec_env", ["dummy", "subproc"])
-def test_the_same_seed_gives_the_same_parameters(vec_env, tmp_path):
+def test_the_same_seed_gives_the_same_parameters_also_with_workers(tmp_path):
     networks = []
-    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+    for name, seed, vec_env in (("first", 1, "dummy"), ("again", 1, "subproc"), ("other", 2, "dummy")):
         run(tmp_path, name, vec_env=vec_env, seed=seed, batch_size=32, total_timesteps=320)
         networks.append(torch.load(tmp_path / name / "last.pt", weights_only=True)["network"])
     first, again, other = networks
@@ -305,17 +302,17 @@ def test_the_same_seed_gives_the_same_parameters(vec_env, tmp_path):
 
 @pytest.mark.parametrize("checkpoint_memory", [False, True])
 def test_a_resumed_run_learns_on_at_once_only_with_its_memory(checkpoint_memory, tmp_path, capsys):
-    first = run(tmp_path, checkpoint_memory=checkpoint_memory)
-    assert first["gradient_steps"] == 100
+    first = run(tmp_path, checkpoint_memory=checkpoint_memory, total_timesteps=280)
+    assert first["gradient_steps"] == 20
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert ("memory" in saved) == checkpoint_memory
     args = json.loads((tmp_path / "run" / "args.json").read_text())
-    args |= {"resume": str(tmp_path / "run"), "run_dir": "", "total_timesteps": 1_000}
+    args |= {"resume": str(tmp_path / "run"), "run_dir": "", "total_timesteps": 520}
     capsys.readouterr()
     result = train(Args(**args))
     assert ("no learning until 200 transitions" in capsys.readouterr().out) != checkpoint_memory
-    # 400 more transitions make 100 gradient steps, or 50 after 200 transitions that refill the memory.
-    assert result["gradient_steps"] == (200 if checkpoint_memory else 150)
+    # 240 more transitions make 60 gradient steps, or 10 after 200 transitions that refill the memory.
+    assert result["gradient_steps"] == (80 if checkpoint_memory else 30)
 
 
 def test_a_run_stopped_before_it_learned_refills_its_memory_too(tmp_path, monkeypatch):
@@ -328,7 +325,8 @@ def test_a_run_stopped_before_it_learned_refills_its_memory_too(tmp_path, monkey
 
 
 def test_everything_but_the_replay_memory_takes_well_under_a_gigabyte(python, tmp_path):
-    done = python(ROOT / "benchmarks" / "atari_memory.py", "--buffer-size", 30_000, "--out", tmp_path, timeout=600)
+    flags = ["--buffer-size", 30_000, "--num-envs", 2, "--out", tmp_path]
+    done = python(ROOT / "benchmarks" / "atari_memory.py", *flags)
     assert done.returncode == 0, done.stderr
     (row,) = csv.DictReader((tmp_path / "atari_memory.csv").open())
     assert int(row["frames"]) >= 30_000 * 84 * 84
@@ -339,15 +337,22 @@ def test_everything_but_the_replay_memory_takes_well_under_a_gigabyte(python, tm
 # --- Learning a real game ---
 
 
-def foresight(tmp_path, gradient_steps):
+def foresight(tmp_path, gradient_steps, monkeypatch):
     """Train on Asterix with random actions; return how Q(s, a) correlates with what a random player then gets."""
     args = Args(
-        **{"env_id": "AsterixNoFrameskip-v4", "run_dir": str(tmp_path), "num_envs": 8, "vec_env": "dummy"},
+        **{
+            "env_id": "AsterixNoFrameskip-v4",
+            "network": "nips",
+            "run_dir": str(tmp_path),
+            "num_envs": 8,
+            "vec_env": "dummy",
+        },
         **{"total_timesteps": 800 + 4 * gradient_steps, "learning_starts": 800, "buffer_size": 4_000},
         **{"target_frequency": 200, "train_frequency": 4, "epsilon_end": 1.0, "gamma": 0.9, "learning_rate": 5e-4},
         **{"learning_rate_end": 5e-4, "n_step": 1, "precision": "float32"},
         **{"eval_every": 10_000, "final_eval_episodes": 1, "time_limit": 1_000},
     )
+    monkeypatch.setattr(dqn_atari, "evaluate", lambda args, network, n, seed: np.zeros(n))  # its games take a while
     assert train(args)["gradient_steps"] == gradient_steps
     envs = [make_env(args) for _ in range(4)]
     network = QNetwork(envs[0].observation_space, envs[0].action_space, args)
@@ -373,9 +378,9 @@ def foresight(tmp_path, gradient_steps):
     return np.corrcoef(q_taken[:last].ravel(), returns[:last].ravel())[0, 1]
 
 
-def test_q_values_foretell_a_game_that_was_not_trained_on(tmp_path):
-    assert foresight(tmp_path / "run", gradient_steps=600) > 0.45
+def test_q_values_foretell_a_game_that_was_not_trained_on(tmp_path, monkeypatch):
+    assert foresight(tmp_path / "run", 600, monkeypatch) > 0.45
 
 
-def test_an_untrained_network_foretells_nothing(tmp_path):
-    assert foresight(tmp_path / "run", gradient_steps=2) < 0.25
+def test_an_untrained_network_foretells_nothing(tmp_path, monkeypatch):
+    assert foresight(tmp_path / "run", 2, monkeypatch) < 0.25

@@ -275,12 +275,11 @@ def test_memory_holds_exactly_what_happened(env_id, num_envs, run, memories):
     assert_memory_holds_what_happened(memories[0], env_id, num_envs)
 
 
-@pytest.mark.parametrize("start_method, num_envs", [("forkserver", 2), ("spawn", 1)])
-def test_memory_holds_what_happened_in_worker_processes(start_method, num_envs, run, memories, monkeypatch):
+def test_memory_holds_what_happened_in_a_spawned_worker(run, memories, monkeypatch):
     # Where there is no forkserver, as on Windows, SB3 spawns its workers.
-    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: [start_method])
-    run(num_envs=num_envs, vec_env="subproc")
-    assert_memory_holds_what_happened(memories[0], "Mixed-v0", num_envs)
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])
+    run(num_envs=1, vec_env="subproc")
+    assert_memory_holds_what_happened(memories[0], "Mixed-v0", 1)
 
 
 # --- What it counts ---
@@ -508,10 +507,6 @@ def test_another_seed_gives_other_parameters(parameters_of):
     assert not same(parameters_of(), parameters_of(seed=2))
 
 
-def test_worker_processes_give_the_same_parameters_to_the_bit(parameters_of):
-    assert same(parameters_of(), parameters_of(vec_env="subproc"))
-
-
 def test_evaluating_does_not_change_the_training(parameters_of):
     assert same(parameters_of(), parameters_of(eval_every=50, eval_episodes=5, checkpoint_every=70))
 
@@ -611,17 +606,6 @@ def learned_value(name, run_dir, **changes):
 
 def test_truncation_does_not_end_the_value(tmp_path):
     assert learned_value("dqn_cartpole", tmp_path / "run") == pytest.approx(10, abs=0.5)
-
-
-def test_a_truncation_taken_for_an_end_would_show(tmp_path, monkeypatch):
-    # The power of the test above: with death at every fifth step, V = 1 + 0.9 * 4/5 * V = 3.6.
-    class Deadly(dqn.DummyVecEnv):
-        def step_wait(self):
-            *rest, infos = super().step_wait()
-            return *rest, [{**info, "TimeLimit.truncated": False} for info in infos]
-
-    monkeypatch.setattr(dqn, "DummyVecEnv", Deadly)
-    assert learned_value("dqn_cartpole", tmp_path / "run") == pytest.approx(3.6, abs=0.5)
 
 
 CARTPOLE = {

@@ -386,24 +386,6 @@ def test_truncation_does_not_end_the_value(tmp_path):
     assert learned_value(tmp_path) == pytest.approx(10, abs=1)
 
 
-def test_a_truncation_taken_for_an_end_would_show(tmp_path, monkeypatch):
-    make_envs = ppo.make_envs
-
-    def without_timeouts(args):
-        envs = make_envs(args)
-        step_wait = envs.step_wait
-
-        def blind():
-            obs, rewards, dones, infos = step_wait()
-            return obs, rewards, dones, [{**info, "TimeLimit.truncated": False} for info in infos]
-
-        envs.step_wait = blind
-        return envs
-
-    monkeypatch.setattr(ppo, "make_envs", without_timeouts)
-    assert learned_value(tmp_path) < 6
-
-
 def test_target_kl_ends_the_epochs_early(tmp_path):
     free = ppo.train(options(tmp_path / "free", learning_rate=0.1, update_epochs=10))
     held = ppo.train(options(tmp_path / "held", learning_rate=0.1, update_epochs=10, target_kl=1e-4))

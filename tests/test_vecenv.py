@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import os
 import pickle
 import random
@@ -168,28 +169,14 @@ def run(tmp_path):
 # --- What the memory holds ---
 
 
-@pytest.mark.parametrize("env_id", toy_envs.COUNTING)
-@pytest.mark.parametrize("vec_env", ["dummy", "subproc", "envpool", "ray"])
+@pytest.mark.parametrize("vec_env, env_id", [
+    *itertools.product(("envpool", "ray"), toy_envs.COUNTING), ("dummy", "Mixed-v0"), ("subproc", "Mixed-v0"),
+])  # fmt: skip
 def test_memory_holds_exactly_what_happened(vec_env, env_id, run, memories, fake_envpool, fake_ray):
     flags = {"total_timesteps": 600, "learning_starts": 500, "num_envs": 3}
     result = run(env_id=f"toy_envs:{env_id}", vec_env=vec_env, **flags)
     assert memories[0].added == result["global_step"] == 600
     assert_memory_holds_what_happened(memories[0], env_id, 3)
-
-
-def test_a_pool_that_resets_late_would_show(run, memories, fake_envpool, monkeypatch):
-    # The power of the test above: left to itself, EnvPool inserts a step that never happened after every episode.
-    class Late(dqn.EnvPoolVecEnv):
-        def step_wait(self):
-            obs, rewards, terminated, truncated, _ = self.pool.recv()
-            obs = obs.copy()
-            infos = [{"TimeLimit.truncated": t, "terminal_observation": o} for t, o in zip(truncated, obs, strict=True)]
-            return obs, rewards, terminated | truncated, infos
-
-    monkeypatch.setattr(dqn, "EnvPoolVecEnv", Late)
-    run(env_id="toy_envs:Mixed-v0", vec_env="envpool")
-    with pytest.raises(AssertionError):
-        assert_memory_holds_what_happened(memories[0], "Mixed-v0", 2)
 
 
 @pytest.mark.parametrize("backend", [dqn.EnvPoolVecEnv, dqn.RayVecEnv])
@@ -342,7 +329,7 @@ def test_truncation_does_not_end_the_value(fake_envpool, tmp_path):
 def test_an_environment_of_ones_own_is_learned(run):
     # The shortest way from a random cell costs 5 on average; an untrained network that goes left for ever, 50.
     flags = {"total_timesteps": 4_000, "exploration_steps": 2_000, "batch_size": 64, "final_eval_episodes": 100}
-    assert run(env_id="corridor:Corridor-v0", vec_env="subproc", **flags)["final_return_mean"] > -6
+    assert run(env_id="corridor:Corridor-v0", vec_env="dummy", **flags)["final_return_mean"] > -6
 
 
 def test_the_readme_shows_that_environment():
