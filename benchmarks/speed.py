@@ -100,7 +100,7 @@ TASKS = {
         "--env-id BreakoutNoFrameskip-v4",
     ),
     "dqn_atari_16": Task(
-        "DQN Breakout, SB3's documented example: 4 environments, batch 32, one update per 16 transitions",
+        "DQN Breakout, 4 environments, batch 32, one update per 16 transitions",
         2_400,
         10_400,
         {p: f"dqn_atari.py {EXAMPLE} --precision {p}" for p in ("float32", "bfloat16")},
