@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.14"
 # dependencies = [
 #     "gymnasium==1.4.0", "moviepy==2.2.1", "numpy==2.4.6", "pygame==2.6.1", "stable-baselines3==2.9.2",
 #     "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.16",
@@ -106,7 +106,7 @@ class Args:
     # evaluation
     eval_every: Count = 5_000  # transitions between evaluations
     eval_episodes: Count = 16  # greedy episodes per evaluation
-    final_eval_episodes: Count = 100  # greedy episodes at the end, on seeds that did not choose the best network
+    final_eval_episodes: Count = 100  # greedy episodes at the end, on other seeds than best.pt was chosen by
     target_return: Annotated[float, -1e9, 1e9] = 1e9  # end the run once the last 100 training episodes reach this mean
 
     # run
@@ -179,7 +179,7 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
 
 def make_worker_env(args: Args, index: int):
     """make_env in a worker process. Ctrl-C and schedulers signal all processes; only the main one is to see it."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # ignored once; what an environment starts would inherit SIG_IGN
+    for number in (signal.SIGINT, signal.SIGTERM):  # the first is ignored; not SIG_IGN: child processes would keep it
         signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
     if os.name == "posix":
         os.setpgrp()
@@ -201,12 +201,13 @@ def make_envs(args: Args):
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
     if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
-    others = multiprocessing.active_children()  # at exit kill those made here: they ignore the SIGTERM they then get
+    others = multiprocessing.active_children()  # the workers made here are killed at exit: they ignore one SIGTERM
     atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p not in others])
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
-    except (EOFError, OSError):
-        raise UsageError(f"--num-envs {args.num_envs}: a worker failed; see its error above, or give fewer") from None
+    except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
+        failed = UsageError(f"--num-envs {args.num_envs}: a worker failed; see its error above, or give fewer")
+        raise (SystemExit(128 + Run.signal) if Run.signal else failed) from None
 
 
 def select_device(name: str, auto: str) -> torch.device:
@@ -318,7 +319,7 @@ def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
 
 
 def train(args: Args) -> dict:
-    """Train from the first transition, or from where args.resume stopped; return what result.json holds."""
+    """Train from the start, or from where args.resume stopped (with args, not the saved flags); return result.json."""
     device = select_device(args.device, auto="cpu")
     torch.set_num_threads(1)  # so small a network is faster on one core than on several
     for set_seed in (torch.manual_seed, random.seed, np.random.seed):  # many environments draw from the last two
@@ -403,7 +404,7 @@ def train(args: Args) -> dict:
 def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env_options) -> np.ndarray:
     """Play num_episodes greedily, num_envs side by side; return their returns, (num_episodes,).
 
-    How many each environment plays is fixed beforehand: the first N episodes to end would be the short ones.
+    How many each environment plays is fixed beforehand: the first N to end would be the shorter ones.
     Environment i gets seed + i; env_options (render_mode, video_dir) go to make_env.
     """
     n, device = min(args.num_envs, num_episodes), next(network.parameters()).device
@@ -452,10 +453,10 @@ def check_drawing(args):
     for flag, mode in (("video", "rgb_array"), ("render", "human")):
         if getattr(args, flag):
             with make_env(args) as env:
-                known = mode in (env.metadata.get("render_modes") or ())
+                known = {mode, "rgb_array"} & {*(env.metadata.get("render_modes") or ())}  # for "human", either will do
             with make_env(args, render_mode=mode if known else None) as env:
                 env.reset(seed=0)
-                drawn = env.render_mode == mode and (mode == "human" or np.ndim(env.render()) == 3)
+                drawn = known and (mode == "human" or np.ndim(env.render()) == 3)
             require(args, flag, drawn, "this environment cannot draw itself")
 
 
@@ -468,7 +469,7 @@ def save_checkpoint(path: Path, **contents):
 
 def load_checkpoint(path: Path, **parts) -> dict:
     """Load what a checkpoint holds under each name into that part; return all of it. Nothing in it can run code."""
-    # mmap reads gigabytes page by page; Windows could not replace such a file. deepcopy: Adam keeps what it gets.
+    # mmap: page by page, not all at once; Windows could not replace such a file. deepcopy: Adam keeps what it gets.
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
         if missing := {"script", "args", *parts} - checkpoint.keys():
@@ -579,10 +580,10 @@ class Run:
     def finish(self, eval_seed: int, final_seed: int) -> dict:
         """Save; judge the final and the best network by seeds not used so far; write result.json."""
         self.bar.close()
-        self.envs.close()  # before the evaluations: of some environments only few can exist at a time
         if self.counts["global_step"] not in [evaluation[0] for evaluation in self.record["evaluations"]]:
             self.evaluate(self.counts["global_step"], eval_seed)  # the final network may be the best
         self.save()
+        self.envs.close()  # before the final evaluations: of some environments only few can exist at a time
         args, best_network, seconds = self.args, copy.deepcopy(self.network), self.record["seconds"]
         if (self.dir / "best.pt").exists():  # unless somebody took it away
             load_checkpoint(self.dir / "best.pt", network=best_network)

@@ -165,7 +165,7 @@ def test_metadata_pins_what_requirements_pin(path):
     required = pins((ROOT / "requirements.txt").read_text().splitlines())
     listed = pins(metadata(path)["dependencies"])
     assert listed == {name: required.get(name) for name in listed}
-    assert metadata(path)["requires-python"] == ">=3.11"
+    assert metadata(path)["requires-python"] == ">=3.11,<3.14"
 
 
 @each_script

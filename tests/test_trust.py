@@ -287,6 +287,17 @@ def test_the_console_shows_the_mean_return_also_where_the_first_episode_ends_lat
     assert re.search(shown, capsys.readouterr().out)
 
 
+def test_environments_that_fail_to_close_lose_nothing(tmp_path, monkeypatch):
+    def close(envs):
+        if envs.num_envs == 2:  # those of the training
+            raise OSError("they do not close")
+
+    monkeypatch.setattr(DummyVecEnv, "close", close)
+    with pytest.raises(OSError, match="they do not close"):
+        train("dqn_cartpole", tmp_path / "run", eval_every=10**9)
+    assert checkpoint_of(tmp_path / "run")["counts"]["global_step"] == 400
+
+
 def test_a_run_whose_best_network_was_taken_away_ends_with_a_result(tmp_path):
     train("dqn_cartpole", tmp_path / "run")
     (tmp_path / "run" / "best.pt").unlink()
@@ -475,6 +486,18 @@ def test_more_workers_than_files_may_be_open_get_one_line(start, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (0, 2)])
+def test_workers_that_end_while_they_start_are_no_error_after_ctrl_c(number, status, cli, tmp_path, monkeypatch):
+    def start(env_fns):
+        if number:
+            os.kill(os.getpid(), number)
+        raise EOFError
+
+    monkeypatch.setattr("stable_baselines3.common.vec_env.SubprocVecEnv", start)
+    assert cli("--vec-env", "subproc")[0] == status
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- Where a script runs ---
 
 
@@ -569,6 +592,12 @@ def test_a_window_needs_a_screen(finished, cli, tmp_path, monkeypatch):
     assert status == 2 and "--render True: " in flat(err) and "Traceback" not in out + err
 
 
+def test_a_window_shows_an_environment_that_only_gives_pictures(cli, tmp_path):
+    train("dqn_cartpole", tmp_path / "run", env_id="toy_envs:Pictures-v0")
+    status, out, _ = cli("--play", tmp_path / "run" / "best.pt", "--render", "--time-limit", 5)
+    assert status == 0 and out.count("return 5.0\n") == 3
+
+
 # --- Nonsense on the command line: one case per kind of check ---
 
 FILM = ["--video", "--total-timesteps", 1_100]  # it would take a while to notice after the default training
@@ -595,6 +624,7 @@ ANY = {
     "window in a training": (["--render"], "--render True: needs --play"),
     "film of what has no pictures": (["--env-id", "toy_envs:Constant-v0", *FILM], "--video True: this"),
     "film of what draws nothing": (["--env-id", "toy_envs:Blank-v0", *FILM], "--video True: this"),
+    "film of what takes no mode": (["--env-id", "toy_envs:FixedMode-v0", *FILM], "--video True: this"),
     "learning never starts": (["--learning-starts", 900, "--total-timesteps", 500], "--learning-starts 900"),
 }
 OWN = {

@@ -482,6 +482,21 @@ class LongFilm(Walk):
         return np.zeros((16, 16, 3), np.uint8)
 
 
+class Pictures(LongFilm):
+    """Gives pictures and has no window of its own."""
+
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+
+class FixedMode(Walk):
+    """Always draws, and takes no render_mode."""
+
+    render_mode = "rgb_array"
+
+    def render(self):
+        return np.zeros((16, 16, 3), np.uint8)
+
+
 LENGTHS = (3, 4, 5)
 TIME_LIMIT = 4
 COUNTING = {
@@ -503,7 +518,7 @@ for name, which in {"NanFirst-v0": 1, "NanLater-v0": 30}.items():
     gym.register(name, entry_point=NanReset, disable_env_checker=True, max_episode_steps=5, kwargs={"which": which})
 for entry_point in (
     *(Walk, Forms, Fractions, OneInfo, GlobalRandom, Samples, IntSeed, Counted, Item, StartsAtOne, Aliases, Table),
-    *(Mixture, Matrix, Positions, BrokenInit, Huge, Signals, Simulator, LongFilm),
+    *(Mixture, Matrix, Positions, BrokenInit, Huge, Signals, Simulator, LongFilm, Pictures, FixedMode),
 ):
     gym.register(f"{entry_point.__name__}-v0", entry_point=entry_point)
 gym.register("WithStatistics-v0", entry_point=with_statistics)
