@@ -509,7 +509,7 @@ def train(args: Args) -> dict:
             loss, q_taken = td_loss(q_values, next_q_values, batch, args.gamma, args.n_step, loss_function)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm or math.inf)
+            nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm or math.inf)  # 0: not clipped
             optimizer.step()
             gradient_steps += 1
             # An average of the weights is evaluated: the small changes of each gradient step can change the policy.
@@ -755,9 +755,8 @@ class Run:
 
 def play(args, network_class):
     """Evaluate a checkpoint; with --render three episodes in a window, with --video a film beside the checkpoint."""
-    env = make_env(args)
-    network = network_class(env.observation_space, env.action_space, args).to(select_device(args.device, auto="cpu"))
-    env.close()
+    with make_env(args) as env:
+        network = network_class(env.observation_space, env.action_space, args).to(select_device(args.device, "cpu"))
     load_checkpoint(Path(args.play), network=network)
     for seed in range(args.seed, args.seed + 3 * args.render):
         print(f"return {evaluate(args, network, 1, seed, render_mode='human').item():.1f}")

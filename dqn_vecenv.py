@@ -697,9 +697,8 @@ class Run:
 
 def play(args, network_class):
     """Evaluate a checkpoint; with --render three episodes in a window, with --video a film beside the checkpoint."""
-    env = make_env(args)
-    network = network_class(env.observation_space, env.action_space, args).to(select_device(args.device, auto="cpu"))
-    env.close()
+    with make_env(args) as env:
+        network = network_class(env.observation_space, env.action_space, args).to(select_device(args.device, "cpu"))
     load_checkpoint(Path(args.play), network=network)
     for seed in range(args.seed, args.seed + 3 * args.render):
         print(f"return {evaluate(args, network, 1, seed, render_mode='human').item():.1f}")

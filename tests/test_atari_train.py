@@ -340,13 +340,8 @@ def test_everything_but_the_replay_memory_takes_well_under_a_gigabyte(python, tm
 def foresight(tmp_path, gradient_steps, monkeypatch):
     """Train on Asterix with random actions; return how Q(s, a) correlates with what a random player then gets."""
     args = Args(
-        **{
-            "env_id": "AsterixNoFrameskip-v4",
-            "network": "nips",
-            "run_dir": str(tmp_path),
-            "num_envs": 8,
-            "vec_env": "dummy",
-        },
+        **{"env_id": "AsterixNoFrameskip-v4", "run_dir": str(tmp_path), "num_envs": 8, "vec_env": "dummy"},
+        network="nips",
         **{"total_timesteps": 800 + 4 * gradient_steps, "learning_starts": 800, "buffer_size": 4_000},
         **{"target_frequency": 200, "train_frequency": 4, "epsilon_end": 1.0, "gamma": 0.9, "learning_rate": 5e-4},
         **{"learning_rate_end": 5e-4, "n_step": 1, "precision": "float32"},

@@ -43,7 +43,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kill
 
-NAMES = [path.stem for path in SCRIPTS if path.stem != "dqn_vecenv"]  # dqn_cartpole.py with other VecEnvs: see below
+NAMES = [path.stem for path in SCRIPTS if path.stem != "dqn_vecenv"]  # see test_design.py
 each_script = pytest.mark.parametrize("name", NAMES)
 VECTOR_NAMES = [name for name in NAMES if name != "dqn_atari"]
 each_vector_script = pytest.mark.parametrize("name", VECTOR_NAMES)
