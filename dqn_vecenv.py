@@ -18,7 +18,7 @@ EnvPool's C++ (envpool), or on the machines of a Ray cluster (ray). Training tak
 short as CartPole's, dummy is quicker. docs/performance.md says which one pays when.
 
     python dqn_vecenv.py
-    python dqn_vecenv.py --env-id corridor:Corridor-v0           # an environment of your own: see the README
+    python dqn_vecenv.py --env-id corridor:Corridor-v0           # your own corridor.py: see the README
     RAY_ADDRESS=HOST:6379 python dqn_vecenv.py --vec-env ray     # on a node of a cluster; without an address: here
 
 One iteration of the loop, with n environments, and where it happens:

@@ -3,8 +3,8 @@
     python benchmarks/atari_memory.py                    # a million transitions: needs 8 GB
     python benchmarks/atari_memory.py --buffer-size 30000
 
-It writes to every page of the replay memory, as a full one has been, trains for some hundred steps with games in
-worker processes, evaluates, and writes a checkpoint; then it reads the process's highest resident size. Writes
+It writes to every page of the replay memory, as a full one has been, trains for a few dozen gradient steps with games
+in worker processes, evaluates, and writes a checkpoint; then it reads the process's highest resident size. Writes
 benchmarks/results/atari_memory/atari_memory.csv.
 """
 

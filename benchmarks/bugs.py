@@ -290,11 +290,13 @@ def append(name: str, rows: list[dict]):
 
 def run_seeds(bugs: list[Bug], seeds: list[int]):
     """Train each script with each mistake and without, on each seed; append what is missing to bugs.csv."""
-    record.write(OUT, record.made_with("python benchmarks/bugs.py --seeds N"))
+    recorded = 0
     for seed, bug, broken in ((seed, bug, broken) for bug in bugs for seed in seeds for broken in (False, True)):
         row = key_of(bug, broken) | {"seed": str(seed)}
         if any(row.items() <= known.items() for known in known_rows()):
+            recorded += 1
             continue
+        record.write(OUT, record.made_with("python benchmarks/bugs.py --seeds N"))
         started = time.process_time()
         result, curves = train(bug, patched(bug) if broken else (ROOT / bug.script).read_text(), seed)
         seconds = time.process_time() - started
@@ -304,6 +306,7 @@ def run_seeds(bugs: list[Bug], seeds: list[int]):
         row |= {"result": f"{result:.2f}", "cpu_seconds": f"{seconds:.1f}"}
         append("bugs.csv", [row])
         print(", ".join(row.values()), flush=True)
+    print(f"{recorded} runs were recorded already; to run them again, take {OUT / 'bugs.csv'} away")
 
 
 def key_of(bug: Bug, broken: bool) -> dict[str, str]:

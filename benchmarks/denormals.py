@@ -7,9 +7,9 @@ and after some 800 steps is smaller than 1.2e-38, the smallest float32 with all 
 denormal numbers, which lose a bit with each halving; at a few times the smallest of them, 1.4e-45, 0.9 m is rounded
 back to m, and never becomes zero. A processor computes with them more slowly.
 
-Trains dqn_atari.py on Pong with its defaults, but without torch.set_flush_denormal; counts the denormal numbers among
-Adam's means, and times the median of 200 steps from there, with gradients of zero, on one thread, with the mode and
-without. Writes benchmarks/results/denormals/denormals.csv.
+Trains dqn_atari.py on Pong, a short run that learns from 2,000 transitions on, without torch.set_flush_denormal; counts
+the denormal numbers among Adam's means, and times the median of 200 steps from there, with gradients of zero, on one
+thread, with the mode and without. Writes benchmarks/results/denormals/denormals.csv.
 """
 
 import copy

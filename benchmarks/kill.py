@@ -3,16 +3,17 @@
     python benchmarks/kill.py --kills 200
 
 Each run writes a checkpoint every few steps, so that many kills fall into the writing of one. After each kill the
-checkpoint must load, must not be older than the one before, and progress.csv must hold the episodes and evaluations
-that it remembers. At the end the run is resumed without a kill and must end with status 0. Writes
-benchmarks/results/kill/kill.csv, a row per script: kills; how many of them left a half-written file, so fell into the
-writing of a checkpoint; damaged checkpoints; steps back to before an earlier checkpoint; rows of progress.csv that were
-lost or doubled.
+checkpoints must load (where one does not, a new run begins) and must not be older than before, and progress.csv must
+hold the episodes and evaluations that they remember. At the end the run is resumed without a kill and must end with
+status 0. Writes benchmarks/results/kill/kill.csv, a row per script: kills; how many of them left a half-written file,
+so fell into the writing of a checkpoint; damaged checkpoints; steps back to before an earlier checkpoint; rows of
+progress.csv that were lost or doubled.
 """
 
 import csv
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def torment(script: str, kills: int, rng: random.Random) -> dict:
     counted = dict.fromkeys(("kills", "while_writing", "damaged", "steps_back", "rows_wrong"), 0)
     with tempfile.TemporaryDirectory() as folder:
         run_dir, newest = Path(folder, "run"), 0
-        flags = [*FLAGS[script].split(), "--run-dir", str(run_dir)]
+        flags = afresh = [*FLAGS[script].split(), "--run-dir", str(run_dir)]
         for _ in range(kills):
             process = start(script, *flags)
             began = process.stdout.readline()
@@ -105,8 +106,12 @@ def torment(script: str, kills: int, rng: random.Random) -> dict:
             flags = ["--resume", str(run_dir)]
             try:
                 checkpoint = torch.load(run_dir / "last.pt", weights_only=True)
+                if (run_dir / "best.pt").exists():
+                    torch.load(run_dir / "best.pt", weights_only=True)
             except Exception:  # whatever is wrong with the file
                 counted["damaged"] += 1
+                shutil.rmtree(run_dir)
+                flags, newest = afresh, 0
                 continue
             counted["rows_wrong"] += wrong_rows(read(run_dir), checkpoint)
             counted["steps_back"] += checkpoint["counts"]["global_step"] < newest

@@ -84,7 +84,7 @@ def play(script: ModuleType, args, network: torch.nn.Module, steps: int, seed: i
         obs, reward, terminated, truncated, _ = env.step(action)
         yield Step(seen[0], screen, q_values.max().item(), float(reward), terminated)
         ended = terminated or truncated
-        if ended and (not atari or env.game_over):
+        if ended and getattr(env, "game_over", True):  # in Atari an episode can be a life
             break
         if ended:
             obs, _ = env.reset()  # the next life

@@ -80,6 +80,8 @@ def plot_seeds(args: Args):
     figure, axes = plt.subplots(figsize=(7.2, 3.6), dpi=150)
     for index, name in enumerate(args.names):
         curves = [curve(path, args.metric) for path in sorted((RESULTS / name).glob("seed_*.csv"))]
+        if not curves or not all(points.size for points in curves):
+            raise SystemExit(f"plot: {RESULTS / name} has no curve of {args.metric}, or one of its seeds has none")
         colour = f"C{index}"
         label = args.labels[index] if args.labels else name
         few = len(curves) < 5  # too few for an interval: each curve stands for itself

@@ -280,9 +280,10 @@ def contestants(args: Args, task: Task):
 def measure(args: Args):
     """Write every run of the tasks to speed.csv; runs of other tasks stay there."""
     path, about = OUT / "speed.csv", OUT / "command.json"
-    work = json.loads(about.read_text())["work"] if about.exists() else {}  # of other tasks it stays
-    work |= {name: asdict(TASKS[name]) for name in args.tasks}
-    record.write(OUT, {**record.made_with("python benchmarks/speed.py", "ale-py"), "work": work})
+    earlier = json.loads(about.read_text()) if about.exists() else {"work": {}}  # remarks, and other tasks' work, stay
+    contents = record.made_with("python benchmarks/speed.py", "ale-py")
+    work = {name: {**asdict(TASKS[name]), "commit": contents["commit"]} for name in args.tasks}
+    record.write(OUT, {**earlier, **contents, "work": {**earlier["work"], **work}})
     rows = [row for row in read(path) if row["task"] not in args.tasks] if path.exists() else []
 
     def keep(row: dict):

@@ -30,7 +30,7 @@ def table(name: str) -> str:
         rows = sorted(csv.DictReader(file), key=lambda row: int(row["seed"]))
     lines = ["| " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "|" + "---:|" * len(COLUMNS)]
     for row in rows:
-        cells = [form.format(float(row[column])) if row[column] else "" for column, (_, form) in COLUMNS.items()]
+        cells = [form.format(float(row[column])) for column, (_, form) in COLUMNS.items()]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -103,7 +103,9 @@ RATES = """| runs | final at 500.0 | 95 % interval of that rate | mean final | i
 |---|---:|---:|---:|---:|"""
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--settings":
+    if len(sys.argv) == 1:
+        print(__doc__)
+    elif sys.argv[1] == "--settings":
         print(settings(sys.argv[2], *map(int, sys.argv[3:])))
     elif sys.argv[1] == "--rates":
         print(RATES, *map(rates_of, sys.argv[2:]), sep="\n")

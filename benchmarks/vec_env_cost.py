@@ -1,6 +1,6 @@
 """Measure what each kind of vector environment costs: transitions per second, and when SubprocVecEnv pays.
 
-    python benchmarks/vec_env_cost.py                      # about 5 minutes; nothing else should run
+    python benchmarks/vec_env_cost.py                      # some 10 minutes, more with Ray; nothing else should run
     python benchmarks/vec_env_cost.py --plot-only
 
 Random actions, no learning, with the environments that dqn_vecenv.py makes: CartPole, and an environment whose step is

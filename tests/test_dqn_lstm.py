@@ -570,6 +570,10 @@ def test_n_step_targets_by_hand(n_step):
     # Padding that holds anything else changes nothing.
     noisy = batch._replace(rewards=torch.where(learn, rewards, 99.0))
     assert lstm.td_loss(q_values, next_q_values, noisy, 0.9, n_step, F.mse_loss)[0] == loss
+    for column in ("rewards", "terminated"):  # (T, B, 1) would broadcast
+        wide = batch._replace(**{column: getattr(batch, column)[:, :, None]})
+        with pytest.raises(AssertionError):
+            lstm.td_loss(q_values, next_q_values, wide, 0.9, 1, F.mse_loss)
 
 
 # --- What both networks remember ---

@@ -136,10 +136,7 @@ def test_the_kill_test_sees_a_checkpoint_written_in_place(tmp_path, monkeypatch)
     assert definition and "os.replace(" in after
     (tmp_path / SCRIPT.name).write_text(before + IN_PLACE + after)
     monkeypatch.setattr(kill, "ROOT", tmp_path)
-    try:
-        assert kill.torment(SCRIPT.name, kills=8, rng=random.Random(3))["damaged"] > 0
-    except RuntimeError as error:  # the damaged file could not be resumed
-        assert "cannot be used" in str(error)
+    assert kill.torment(SCRIPT.name, kills=8, rng=random.Random(3))["damaged"] > 0
 
 
 # --- Stopped and resumed ---
