@@ -436,7 +436,7 @@ def td_loss(q_values, next_q_values, batch: Batch, gamma: float, n_step: int, lo
     for _ in range(n_step - 1):  # y_t = r_t + gamma * y_(t+1), wherever the sequence holds step t + 1 of this episode
         longer = batch.rewards[:-1] + discount[:-1] * td_target[1:]
         td_target = torch.cat([torch.where(batch.learn[1:], longer, one_step[:-1]), one_step[-1:]])
-    assert q_taken.shape == td_target.shape  # (T, B, 1) against (T, B) would broadcast, and train on noise
+    assert q_taken.shape == td_target.shape  # (T, B, 1) against (T, B) broadcasts where T = B: noise
     q_taken, td_target = q_taken[batch.learn], td_target[batch.learn]  # (T, B) -> (number of steps that carry loss,)
     return loss_function(q_taken, td_target), q_taken
 

@@ -570,10 +570,11 @@ def test_n_step_targets_by_hand(n_step):
     # Padding that holds anything else changes nothing.
     noisy = batch._replace(rewards=torch.where(learn, rewards, 99.0))
     assert lstm.td_loss(q_values, next_q_values, noisy, 0.9, n_step, F.mse_loss)[0] == loss
-    for column in ("rewards", "terminated"):  # (T, B, 1) would broadcast
-        wide = batch._replace(**{column: getattr(batch, column)[:, :, None]})
+    square = lstm.Batch(None, None, None, *(column[:, :length] for column in batch[3:]))
+    for column in ("rewards", "terminated"):  # (T, B, 1) would broadcast where T = B
+        wide = square._replace(**{column: getattr(square, column)[:, :, None]})
         with pytest.raises(AssertionError):
-            lstm.td_loss(q_values, next_q_values, wide, 0.9, 1, F.mse_loss)
+            lstm.td_loss(q_values[:, :length], next_q_values[:, :length], wide, 0.9, 1, F.mse_loss)
 
 
 # --- What both networks remember ---
