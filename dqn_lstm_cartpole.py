@@ -426,8 +426,8 @@ def td_loss(q_values, next_q_values, batch: Batch, gamma: float, n_step: int, lo
     y_t = r_t + ... + gamma^(n-1) * r_(t+n-1) + gamma^n * max_a' Q_target(h_(t+n), a')    with n = n_step
 
     No maximum where the episode terminated; fewer rewards where time ran out, or the sequence ends. With a larger n
-    rewards travel back faster, and Q_target counts less; but the actions in between were those of an older network, or
-    random, and nothing corrects for that (nor in R2D2). q_values: at t; next_q_values: at t + 1; (T, B, A) each.
+    rewards travel back faster; but the actions in between were an older network's, or random, and nothing corrects for
+    it (nor in R2D2). q_values: Q(h_t, .), next_q_values: Q_target(h_(t+1), .), without gradient, (T, B, A) both.
     """
     q_taken = q_values.gather(2, batch.actions.unsqueeze(2)).squeeze(2)  # (T, B, A) -> (T, B)
     next_q_max = next_q_values.max(dim=2).values  # (T, B, A) -> (T, B)
@@ -436,7 +436,7 @@ def td_loss(q_values, next_q_values, batch: Batch, gamma: float, n_step: int, lo
     for _ in range(n_step - 1):  # y_t = r_t + gamma * y_(t+1), wherever the sequence holds step t + 1 of this episode
         longer = batch.rewards[:-1] + discount[:-1] * td_target[1:]
         td_target = torch.cat([torch.where(batch.learn[1:], longer, one_step[:-1]), one_step[-1:]])
-    assert q_taken.shape == td_target.shape  # (T, B, 1) against (T, B) broadcasts where T = B: noise
+    assert q_taken.shape == td_target.shape  # where T = B, (T, B, 1) against (T, B) would broadcast
     q_taken, td_target = q_taken[batch.learn], td_target[batch.learn]  # (T, B) -> (number of steps that carry loss,)
     return loss_function(q_taken, td_target), q_taken
 

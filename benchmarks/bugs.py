@@ -306,7 +306,7 @@ def run_seeds(bugs: list[Bug], seeds: list[int]):
         row |= {"result": f"{result:.2f}", "cpu_seconds": f"{seconds:.1f}"}
         append("bugs.csv", [row])
         print(", ".join(row.values()), flush=True)
-    print(f"{recorded} runs were recorded already; to run them again, take {OUT / 'bugs.csv'} away")
+    print(f"{recorded} runs were recorded already; to run them again, move {OUT} away")
 
 
 def key_of(bug: Bug, broken: bool) -> dict[str, str]:

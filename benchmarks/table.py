@@ -103,9 +103,7 @@ RATES = """| runs | final at 500.0 | 95 % interval of that rate | mean final | i
 |---|---:|---:|---:|---:|"""
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        print(__doc__)
-    elif sys.argv[1] == "--settings":
+    if sys.argv[1] == "--settings":
         print(settings(sys.argv[2], *map(int, sys.argv[3:])))
     elif sys.argv[1] == "--rates":
         print(RATES, *map(rates_of, sys.argv[2:]), sep="\n")

@@ -283,6 +283,17 @@ def test_a_picture_has_a_curve_per_seed_a_mean_as_far_as_all_go_and_levels(seeds
     assert out.stat().st_size > 1_000
 
 
+@pytest.mark.parametrize("flags", [["typo"], ["some", "typo"], ["some", "--metric", "train/typo"]])
+def test_a_picture_of_no_curve_is_refused(flags, tmp_path, monkeypatch):
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "seed_1.csv").write_text("step,metric,value\n1,eval/return_mean,2\n")
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plot.py", *flags, "--out", str(tmp_path / "picture.png")])
+    with pytest.raises(SystemExit, match="has no curve of"):
+        plot.main()
+    assert not (tmp_path / "picture.png").exists()
+
+
 # --- Seeds over a cluster ---
 
 
@@ -379,6 +390,13 @@ def test_a_game_is_played_as_the_network_sees_it(tmp_path):
         before = np.zeros((3, 84, 84), np.uint8) if t - 1 in lives else steps[t - 1].obs[1:]
         np.testing.assert_array_equal(steps[t].obs[:3], before)
         assert steps[t].obs[3].any()
+
+
+def test_an_episode_of_pictures_of_ones_own_is_played_to_its_end(tmp_path):
+    untrained("dqn_atari", tmp_path / "best.pt", env_id="toy_envs:Squares-v0")
+    steps = list(pictures.play(*pictures.load(tmp_path / "best.pt"), 1_000, seed=1))
+    assert len(steps) < 1_000 and [step.terminated for step in steps[:-1]] == [False] * (len(steps) - 1)
+    assert steps[-1].terminated
 
 
 @pytest.mark.parametrize("script, what", [(name, what) for what, names in pictures.SCRIPTS.items() for name in names])
