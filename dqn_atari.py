@@ -9,7 +9,7 @@
 # ///
 """DQN on Atari: deep Q-learning from pixels (Mnih et al., Nature 518, 2015).
 
-    y = r_1 + ... + gamma^(n-1) * r_n + gamma^n * max_a' Q_target(s_n, a')    the target; no last term at a lost life
+    y = r_1 + ... + gamma^(n-1) * r_n + gamma^n * max_a' Q_target(s_n, a')    the target; a lost life ends the sum
     L = mean of Huber(y - Q(s, a))                                            the loss, over a minibatch of the memory
 
 The algorithm of dqn_cartpole.py, which is the script to read first, with what pixels ask for: a preprocessing that
@@ -34,8 +34,8 @@ Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, 
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. An Atari game's train/episode_length counts frames, those of no-ops and FIRE too. A memory of a million
-transitions takes 7 GB, each game's process 17 MB. A resumed run plays --learning-starts transitions before it learns
-on, unless --checkpoint-memory wrote the memory.
+transitions takes 7 GB, each game's process 17 MB. Without --checkpoint-memory a resumed run has an empty memory: it
+plays --learning-starts transitions before it learns on (give more than 20,000 to a run that was long).
 
 A training episode is a life; an evaluation plays the whole game. In both the next life begins with one no-op and, where
 action 1 is FIRE, actions 1 and 2: the agent never learns to press FIRE, so the evaluation presses it too.
@@ -70,7 +70,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import ale_py  # importing it registers the Atari ids, in the workers too
 import cv2
@@ -101,7 +101,7 @@ class Args:
 
     # algorithm
     total_timesteps: Count = 10_000_000  # transitions, summed over the environments; 4 emulator frames each
-    learning_starts: Count = 20_000  # transitions before the first gradient step; again after a resume
+    learning_starts: Count = 20_000  # transitions before the first gradient step; again after a resume without memory
     train_frequency: Count = 6  # transitions per gradient step
     target_frequency: Count = 4_000  # transitions per copy of the network into the target network
     gamma: Fraction = 0.99  # discount per step
@@ -109,7 +109,7 @@ class Args:
     buffer_size: Annotated[int | None, 1, 10**9] = None  # frames in the memory (default: 1,000,000 or 0.9 of what fits)
     batch_size: Count = 32  # transitions per gradient step
     network: Literal["nature", "nips"] = "nature"  # of 2015; or of 2013, a third of the multiplications
-    init: Literal["he", "torch"] = "he"  # initial weights: of He et al. 2015; or PyTorch's, with which ReLUs died
+    init: Literal["he", "torch"] = "he"  # initial weights: of He et al. 2015; or PyTorch's (on Pong ReLUs died)
 
     # exploration
     epsilon_start: Fraction = 1.0  # probability of a random action at the start
@@ -128,7 +128,7 @@ class Args:
     clip_rewards: bool = True  # learn from the sign of each reward; --no-clip-rewards where sizes matter
     num_envs: Annotated[int, 1, 1_000] = 8  # games that are played side by side
     vec_env: Literal["dummy", "subproc"] = "subproc"  # in this process; or a process each
-    time_limit: Annotated[int | None, -1, 2**28] = None  # steps per game (default: the emulator's 27,000); -1: no limit
+    time_limit: Annotated[int | None, -1, 2**28] = None  # steps per game and its no-ops (default: 27,000); -1: no limit
 
     # evaluation
     eval_every: Count = 250_000  # transitions between evaluations
@@ -178,7 +178,7 @@ class AtariGame(gym.Wrapper):
 
     The preprocessing of the Nature paper (Mnih et al., 2015, Methods), in one class so that its order can be read. Four
     frames per action: a reward follows its cause after a quarter as many steps, and things move visibly from one
-    observation to the next. Only screens 3 and 4 are fetched, straight from the emulator: wrappers inside see no step.
+    observation to the next. Only screens 3 and 4 are fetched, straight from the emulator: env.step is never called.
 
     training=True   an episode is one life
     training=False  an episode is a whole game; step() begins the next life
@@ -203,7 +203,7 @@ class AtariGame(gym.Wrapper):
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         lives = self.lives
         reward, terminated, truncated = self._repeat(action)
-        # The next life, by the actions of reset() while training; there the stack begins anew as well, here it goes on.
+        # Begin the next life with the actions of reset() in training. Unlike there, the stack of frames goes on.
         while not self.training and 0 < self.lives < lives:
             lives = self.lives  # in a loop: these actions may lose another
             for start_action in (0, *self.start_actions):
@@ -255,8 +255,8 @@ class AtariGame(gym.Wrapper):
                 return
         self.env.reset(seed=seed, options=options)
         self.score = 0
-        for _ in range(self.env.unwrapped.np_random.integers(1, 31)):  # so many frames, or all games would begin alike
-            self.score += self.ale.act(self.actions[0])  # no-op
+        for _ in range(self.env.unwrapped.np_random.integers(1, 31)):  # no-op frames: games begin differently
+            self.score += self.ale.act(self.actions[0])
             if self.ale.game_over():
                 self.env.reset()
                 self.score = 0
@@ -316,7 +316,7 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
             options = {"disable_env_checker": True, **limit}
         env = gym.make(env_id, **options, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
-        raise UsageError(f"--env-id {args.env_id}: {error}") from None
+        raise UsageError(f"--env-id {args.env_id}: {error} (one of your own: module:Name-v0)") from None
     if evaluation and not atari and env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
     clip = args.clip_rewards and not evaluation
@@ -389,9 +389,9 @@ class QNetwork(nn.Module):
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
-        instructions = getattr(torch.cpu, "get_capabilities", dict)()  # of this processor; torch 2.11 cannot tell
-        fast = not torch.cuda.is_available() and (instructions.get("avx512_bf16") or instructions.get("amx_bf16"))
-        auto = torch.bfloat16 if fast else torch.float32
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # its instructions; torch 2.11 cannot tell
+        has_bfloat16 = not torch.cuda.is_available() and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+        auto = torch.bfloat16 if has_bfloat16 else torch.float32
         self.precision = auto if args.precision == "auto" else getattr(torch, args.precision)
         if args.network == "nature":
             convolutions = [
@@ -411,8 +411,8 @@ class QNetwork(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Flatten(), hidden, nn.ReLU()).to(memory_format=torch.channels_last)
         self.head = nn.Linear(hidden.out_features, action_space.n)
         if args.init == "he":
-            # He et al. (ICCV 2015). With PyTorch's weights a layer and its ReLU keep a sixth of the variance between
-            # two screens; with these all of it, so that a small ball still shows at the head.
+            # He et al. (ICCV 2015). With PyTorch's weights a layer and its ReLU keep a sixth of the squared difference
+            # between two inputs; with these all of it, so that a small ball still shows at the head.
             for layer in (*convolutions, hidden):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
@@ -500,8 +500,8 @@ class ReplayMemory:
             index[rejected] = torch.randint(self.filled, (rejected.size,)).numpy()
 
         last, discounts, rewards = index, np.full(batch_size, gamma, np.float32), arrays["rewards"][index]
-        # One transition further, if there is one: a slot that holds the end of an episode, or the newest frame, is not
-        # drawable. (The newest is met before the 3 oldest, which are not drawable either.)
+        # One transition further, while the next slot is drawable: the end of an episode is not, nor the newest frame.
+        # (A chain meets the newest before the 3 oldest, which are not drawable either.)
         for _ in range(n_step - 1):
             following = (last + self.num_envs) % self.capacity
             follows = arrays["drawable"][following]
@@ -515,12 +515,12 @@ class ReplayMemory:
         return Batch(*(torch.from_numpy(column).to(device) for column in columns))
 
     def stacks(self, index: np.ndarray) -> np.ndarray:
-        """Return the observations of these indices as the actor saw them: (B,) -> (B, 4, 84, 84)."""
+        """Return the observations of these indices as push_frames stacks them: (B,) -> (B, 4, 84, 84)."""
         window = (index[:, None] + self.num_envs * np.arange(-3, 1)) % self.capacity  # (B, 4): slots t-3 .. t
         frames = self.arrays["frames"][window.T]  # (4, B, 84, 84)
         # Zero what lies before the start of the episode: frame t-j where an episode starts at any of t-j+1 .. t.
-        starts = self.arrays["starts"][window[:, :0:-1]]  # (B, 3): at t, t-1, t-2?
-        before = np.logical_or.accumulate(starts, axis=1)  # (B, 3): is t-1, t-2, t-3 before it?
+        starts = self.arrays["starts"][window[:, :0:-1]]  # (B, 3): does one start at t, t-1, t-2?
+        before = np.logical_or.accumulate(starts, axis=1)  # (B, 3): is t-1, t-2, t-3 of an earlier one?
         frames[2::-1][before.T] = 0
         # The convolutions want the four values of a pixel side by side (channels last). Interleaved here, bytes are
         # moved once; else the first layer would rearrange floats, in both networks and in the backward pass.
@@ -549,7 +549,7 @@ def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, l
     """Return the TD loss (Mnih et al. 2015), and Q(s, a) of the actions taken, (B,).
 
     y = r + gamma * max_a' Q_target(s', a')    where the episode went on, or only ran out of time (truncated)
-    y = r                                      where it terminated: what the game pays after a lost life does not count
+    y = r                                      where it terminated: rewards of the next life are not part of this return
 
     With n-step returns r is the sum of m <= n discounted rewards, s' is m steps later, and gamma^m takes the place of
     gamma (batch.discounts). The actions in between are those of old networks, or random, and nothing corrects for it.
@@ -592,7 +592,7 @@ def train(args: Args) -> dict:
     kept = {"memory": memory} if args.checkpoint_memory else {}
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, **kept)
     global_step, gradient_steps = (run.counts.get(name, 0) for name in ("global_step", "gradient_steps"))
-    # After a resume: such that gradient_steps fits global_step, even if --train-frequency has changed.
+    # After a resume: such that no gradient step is owed, even if --train-frequency has changed.
     learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
     if args.resume and not args.checkpoint_memory:  # the memory is empty: as many transitions again before learning
         learning_starts += args.learning_starts if gradient_steps else global_step
@@ -634,10 +634,10 @@ def train(args: Args) -> dict:
                 target_network.load_state_dict(q_network.state_dict())
 
             if gradient_steps % 500 == 0:
-                means = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
-                run.log(global_step, "train", **means, epsilon=epsilon, learning_rate=learning_rate)
+                metrics = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
+                run.log(global_step, "train", **metrics, epsilon=epsilon, learning_rate=learning_rate)
 
-        # Receive. Where an episode ended, its frame begins the next one; what the action led to is in the info.
+        # Receive. Where an episode ended, its frame is the first of the next; what the action led to is in the info.
         frames, rewards, dones, infos = envs.step_wait()
         next_frames = frames.copy()
         for i in np.flatnonzero(dones):
@@ -708,6 +708,7 @@ def check_args(args):
         value, (low, high) = getattr(args, name), getattr(kind, "__metadata__", (-math.inf, math.inf))
         if type(value) in (int, float):
             require(args, name, low <= value <= high, f"give a number from {low} to {high}")
+        require(args, name, get_origin(kind) is not Literal or value in get_args(kind), f"give one of {get_args(kind)}")
     require(args, "time_limit", args.time_limit != 0, "give a number of steps, or -1 for no limit")
     other = args.play or args.run_dir not in ("", args.resume)
     require(args, "resume", not (args.resume and other), "give it without --play and --run-dir")
@@ -724,8 +725,8 @@ def check_drawing(args):
                 known = {mode, "rgb_array"} & {*(env.metadata.get("render_modes") or ())}  # for "human", either will do
             with make_env(args, render_mode=mode if known else None) as env:
                 env.reset(seed=0)
-                drawn = known and (mode == "human" or np.ndim(env.render()) == 3)
-            require(args, flag, drawn, "this environment cannot draw itself")
+                drawn = known and env.render_mode and (mode == "human" or np.ndim(env.render()) == 3)
+            require(args, flag, drawn, "this environment cannot draw itself, or does not keep its render_mode")
 
 
 def save_checkpoint(path: Path, **contents):
@@ -773,9 +774,9 @@ class Run:
             importlib.import_module(args.track).init(project=SCRIPT, name=self.dir.name, config=asdict(args), **sync)
         try:
             self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
+            (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         except OSError as error:
-            raise UsageError(f"cannot make the run directory {self.dir}: {error.strerror}") from None
-        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+            raise UsageError(f"cannot write the run directory {self.dir}: {error.strerror}") from None
         self.csv = open(self.dir / "progress.csv", "a", buffering=1)
         self.csv.seek(self.csv.truncate(min(self.record["csv_size"], self.csv.tell())))  # the rest is written again
         self.csv.write("" if args.resume else "step,metric,value\n")
@@ -877,7 +878,7 @@ def play(args, network_class):
         print(f"return {evaluate(args, network, 1, seed, render_mode='human').item():.1f}")
     if not args.render:
         returns = evaluate(args, network, args.final_eval_episodes, args.seed)
-        print(f"return {returns.mean():.1f} over {len(returns)} episodes ({returns.min():.0f} to {returns.max():.0f})")
+        print(f"return {returns.mean():.1f} over {len(returns)} episodes ({returns.min():.4g} to {returns.max():.4g})")
     if args.video:
         evaluate(args, network, 1, args.seed, render_mode="rgb_array", video_dir=Path(args.play).parent / "videos")
         print(f"film: {Path(args.play).parent / 'videos' / 'rl-video-episode-0.mp4'}")
@@ -886,10 +887,9 @@ def play(args, network_class):
 def parse_args():
     """Parse the command line; with --resume and --play the saved flags are the defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", type=lambda run_dir: Path(run_dir, "last.pt"))
-    parser.add_argument("--play", type=Path)
-    given = parser.parse_known_args()[0]
-    if not (path := given.resume or given.play):
+    parser.add_argument("--resume", dest="path", type=lambda run_dir: Path(run_dir, "last.pt"))
+    parser.add_argument("--play", dest="path", type=Path)
+    if not (path := parser.parse_known_args()[0].path):
         return tyro.cli(Args)
     saved = {name: value for name, value in load_checkpoint(path)["args"].items() if hasattr(Args, name)}
     default = Args(**{**saved, "resume": "", "play": "", "run_dir": "", "video": False, "track": "none"})

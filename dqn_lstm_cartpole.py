@@ -12,18 +12,18 @@
     L   = mean of (y_t - Q(h_t, a_t))^2                                 the loss, over replayed sequences
 
 Here CartPole hides its velocities (--hide velocity). They follow from earlier observations and actions, so Q depends
-on h_t, the episode up to step t, which an LSTM reads observation by observation: Hausknecht and Stone,
-"Deep Recurrent Q-Learning for Partially Observable MDPs" (2015); Kapturowski et al., "Recurrent Experience Replay in
-Distributed Reinforcement Learning" (R2D2, ICLR 2019). Read dqn_cartpole.py first.
+on the history h_t, all of them up to step t, which an LSTM reads one by one: Hausknecht and Stone, "Deep Recurrent
+Q-Learning for Partially Observable MDPs" (2015); Kapturowski et al., "Recurrent Experience Replay in Distributed
+Reinforcement Learning" (R2D2, ICLR 2019). Read dqn_cartpole.py first.
 
     python dqn_lstm_cartpole.py
-    python dqn_lstm_cartpole.py --memory none    # the control: the same without a memory
+    python dqn_lstm_cartpole.py --memory none    # the control: feed-forward layers in place of the LSTM
     python dqn_lstm_cartpole.py --hide none      # CartPole-v1 with its velocities
     python dqn_lstm_cartpole.py --play runs/NAME/best.pt --render
 
 Measured with the defaults, seeds 1 to 20: the final network's greedy return over 100 episodes is 475 or more on 18 of
-20 (95 % interval of that rate: 68 to 98.8 %); the others end at 462.4 and 398.5. Some runs reach 500 and slide again.
-Training takes 97 s on one core. Without a memory, seeds 1 to 5 end between 66 and 77.
+20 (95 % interval of that rate: 68 to 98.8 %; the defaults were chosen on seeds 1 to 10); the others end at 462.4 and
+398.5. Some runs reach 500 and slide again. Training takes 97 s on one core. The control, seeds 1 to 5: 66 to 77.
 
 Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of 20 seeds; lowest and highest at the end)
     evaluation           253        500        500          (399 to 500)
@@ -31,30 +31,31 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of 20 seeds
     loss                 24         14         2            (0.1 to 59; of one minibatch)
     q_taken              42         88         100          (94 to 101; no true value is above 1 / (1 - gamma) = 100)
 
-What is fed to which network. In the replay memory is an episode of 5 steps: observations o0 to o5, actions a0 to a4;
-the pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient step may read this sequence:
+What is fed to which network. The replay memory holds an episode of 5 steps: observations o0 to o5, actions a0 to a4;
+the pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient step may read this sequence, where
+Q(o3) is short for Q of the history up to o3:
 
     position          0        1        2                      3        4        5
     observation       o1       o2       o3                     o4       o5       -
-    what it is for    burn-in  burn-in  loss                   loss     target   padding
+    what it is for    burn-in  burn-in  loss                   loss     the end  padding
     online network    read     read     Q(o3)                  Q(o4)    read     read     from the state before o1
     target network    read     read     Q'(o3)                 Q'(o4)   Q'(o5)   read     from the same state
     TD target                           r3 + gamma max Q'(o4)  r4                         terminated: no bootstrap
 
 1. Both networks read it in order, each with its own weights. Each observation includes the action before it, one-hot.
-2. The state before o1 was stored when the agent was there (--initial-state zero: zeros). Today's weights would remember
-   something else; the burn-in, which carries no loss and no gradient, brings it closer.
-3. The target of Q(o3, a3) takes Q' one position later (n, with --n-step n), from the same pass over the sequence. Were
-   o4 alone fed to the target network, it would know nothing of o3.
-4. It ends with its episode. Had time run out at o5, the target would be r4 + gamma max Q'(o5). Padding counts nowhere.
-5. If fewer than 2 steps of the episode come before the loss, the sequence starts at o0, with a state of zeros and no
-   burn-in. If the replay memory has overwritten those steps, it starts at the oldest, with the state stored there.
+2. The recurrent state before o1 was stored when the agent was there (--initial-state zero: zeros). It is stale: today's
+   weights would remember something else. The burn-in, without loss and without gradient, brings it closer.
+3. The target of Q(o3, a3) takes Q' one position later (n, with --n-step n), from the same pass over the sequence. If
+   only o4 were fed to the target network, it would know nothing of o3.
+4. If time had run out at o5, the target there would be r4 + gamma max Q'(o5). Padding never enters the loss.
+5. If fewer than 2 steps of the episode precede the first step with loss, the sequence starts at o0, with a state of
+   zeros and no burn-in. If the memory has overwritten them, it starts at the oldest left, with the state stored there.
 
-Differences from the papers: vectors; sequences of 16 steps after 8, not 80 after 40; no distributed actors; a target
-that moves a little at a time; layer normalisation; a learning rate that falls; a moving average of the weights is
-evaluated (after Polyak and Juditsky 1992); a bootstrap where time ran out. No prioritised replay, double or dueling
-networks, or rescaled values. Differences from dqn_cartpole.py: units and the last action in make_env; sequences,
-unroll, n-step targets, clipped gradients, layer normalisation, an average of the weights; a state per environment.
+Differences from R2D2: vectors; sequences of 16 steps after 8, not 80 after 40, which start anywhere; no distributed
+actors; a target that moves a little at a time; layer normalisation; clipped gradients; a learning rate that falls; an
+average of the weights is evaluated (after Polyak and Juditsky 1992); a bootstrap where time ran out. No prioritised
+replay, double or dueling networks, or rescaled values. Differences from dqn_cartpole.py: units and the last action in
+make_env; sequences, unroll, n-step targets, a recurrent state per environment, all of the above; other defaults.
 """
 
 import argparse
@@ -72,7 +73,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -108,7 +109,7 @@ class Args:
     n_step: Annotated[int, 1, 1_000] = 5  # rewards in a TD target before the bootstrap; fewer at a sequence's end
     buffer_size: Count = 100_000  # transitions in the replay memory
     batch_size: Count = 64  # sequences per gradient step
-    sequence_length: Count = 16  # steps of a sequence that carry loss (fewer where the episode ends)
+    sequence_length: Count = 16  # steps of a sequence that carry loss (fewer where the episode or the memory ends)
     burn_in: Annotated[int, 0, 10**9] = 8  # steps before those, without loss, that bring the state up to date
     initial_state: Literal["stored", "zero"] = "stored"  # of a sequence: what the LSTM remembered then, or zeros
     memory: Literal["lstm", "none"] = "lstm"  # none: feed-forward layers of the same width in place of the LSTM
@@ -155,7 +156,7 @@ class Args:
         check_args(self)
         fits = self.num_envs <= self.learning_starts < self.total_timesteps
         require(self, "learning_starts", fits, "give at least --num-envs and less than --total-timesteps")
-        # A sequence starts to learn at step 0 of its episode, or at step burn_in or later: none may be left between.
+        # Loss begins at step 0 of an episode, or at step burn_in or later: from 0 it must reach as far as burn_in.
         require(self, "burn_in", self.burn_in <= self.sequence_length, "give at most --sequence-length")
 
 
@@ -195,8 +196,8 @@ class VectorEnv(gym.Wrapper):
         return np.array(obs, np.float32).reshape(self.observation_space.shape)
 
 
-class CartPoleUnits(gym.ObservationWrapper):
-    """CartPole in units in which a step changes each number by 0.1 to 0.6: an LSTM learns the velocities sooner."""
+class CartPoleView(gym.ObservationWrapper):
+    """Hides the velocities. The units are such that a step mostly changes a number by 0.1 to 0.6: learned sooner."""
 
     units = np.float32([0.1, 0.5, 0.02, 0.5])  # of x, its velocity, the angle, its velocity
 
@@ -210,7 +211,7 @@ class CartPoleUnits(gym.ObservationWrapper):
 
 
 class LastAction(gym.Wrapper):
-    """Appends the action that led to an observation, one-hot: so the agent can tell its push from the pole's fall."""
+    """Appends the action that led to an observation, one-hot: so the agent knows what was due to its push."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -233,12 +234,12 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
     try:
         env = gym.make(args.env_id, max_episode_steps=args.time_limit, **options)
     except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
-        raise UsageError(f"--env-id {args.env_id}: {error}") from None
+        raise UsageError(f"--env-id {args.env_id}: {error} (one of your own: module:Name-v0)") from None
     if evaluation and env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
     env = VectorEnv(env)
     if env.unwrapped.spec.id in ("CartPole-v0", "CartPole-v1"):
-        env = CartPoleUnits(env, args.hide)
+        env = CartPoleView(env, args.hide)
     env = gym.wrappers.RecordEpisodeStatistics(LastAction(env), buffer_length=1)
     if video_dir is not None:
         env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)
@@ -290,9 +291,9 @@ def select_device(name: str, auto: str) -> torch.device:
 
 
 class QNetwork(nn.Module):
-    """Q-values of T steps of B sequences: obs (T, B, obs_dim), state -> q_values (T, B, A), the state after them.
+    """Q-values of B sequences, time first: obs (steps, B, obs_dim), state -> q_values (steps, B, A), the next state.
 
-    The state is what the network remembers: PyTorch's h and c of each layer, (2, num_layers, B, hidden_size).
+    The recurrent state is what the network remembers: h and c of each layer, (B, 2, num_layers, hidden_size).
     """
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
@@ -307,21 +308,20 @@ class QNetwork(nn.Module):
             sizes = [inputs] + [hidden] * (args.num_layers - 1)
             self.lstm = None
             self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(size, hidden), nn.ReLU()) for size in sizes))
-        # Normalising the features of each step keeps TD learning stable. No activation at the end: any number is a Q.
+        # Layer normalisation makes TD learning more stable. No activation at the end: a Q-value can be any number.
         first, last = nn.Linear(hidden, hidden), nn.Linear(hidden, action_space.n)
         self.head = nn.Sequential(first, nn.LayerNorm(hidden), nn.ReLU(), last)
 
     def initial_state(self, num_sequences: int) -> torch.Tensor:
         """Return the state in which an episode begins: zeros."""
-        num_layers, hidden = self.state_shape[1:]
-        return self.head[0].weight.new_zeros(2, num_layers, num_sequences, hidden)
+        return self.head[0].weight.new_zeros(num_sequences, *self.state_shape)
 
     def read(self, obs: torch.Tensor, state: torch.Tensor):
         """Return the features of each step, (T, B, hidden_size), and the state after them."""
         if self.lstm is None:
             return self.layers(obs), state
-        features, state = self.lstm(obs, tuple(state))
-        return features, torch.stack(state)
+        features, state = self.lstm(obs, tuple(state.permute(1, 2, 0, 3).contiguous()))  # h and c: (num_layers, B, H)
+        return features, torch.stack(state).permute(2, 0, 1, 3)
 
     def forward(self, obs: torch.Tensor, state: torch.Tensor):
         features, state = self.read(obs, state)
@@ -335,9 +335,9 @@ class Batch(NamedTuple):
     """B sequences of burn_in + T + 1 observations, time first, and what was done in their T steps after the burn-in."""
 
     obs: torch.Tensor  # (burn_in + T + 1, B, obs_dim), the last one to bootstrap from
-    state: torch.Tensor  # (2, num_layers, B, hidden_size), before obs[0] if burned_in, else before obs[burn_in]
+    state: torch.Tensor  # (B, 2, num_layers, hidden_size), before obs[0] if burned_in, else before obs[burn_in]
     burned_in: torch.Tensor  # (B,) bool: False where too few steps precede; its burn-in is then ignored
-    learn: torch.Tensor  # (T, B) bool: the steps that carry loss, the others are padding
+    loss_mask: torch.Tensor  # (T, B) bool: the steps that carry loss; the others are padding
     actions: torch.Tensor  # (T, B)
     rewards: torch.Tensor  # (T, B)
     terminated: torch.Tensor  # (T, B), 1.0 or 0.0; 0.0 also where only time ran out
@@ -360,7 +360,7 @@ class ReplayMemory:
             "next_obs": torch.zeros(capacity, obs_dim),
             "terminated": torch.zeros(capacity),
             "steps": torch.zeros(capacity, dtype=torch.int64),  # already taken in this episode
-            "states": torch.zeros(capacity, *state_shape),  # of the network, before obs
+            "states": torch.zeros(capacity, *state_shape),  # recurrent states, before obs was read
         }
 
     def add(self, *transitions: np.ndarray | torch.Tensor):
@@ -374,8 +374,9 @@ class ReplayMemory:
         """Draw batch_size transitions uniformly, with replacement, and for each a sequence of `length` around it.
 
         It starts 0 to length - 1 steps before, so that what is drawn stands anywhere in it, and reads burn_in steps
-        before that. Where fewer are to be had, it starts where they begin, without burn-in: with the episode, or with
-        what a full ring still holds. (It may then end before what was drawn.)
+        before that. If the episode, or what the ring still holds of it, has fewer, the sequence starts at the oldest of
+        them, without burn-in, and may end before what was drawn. So not all steps carry loss equally often: the last
+        one of an episode half as often as those in its middle.
         """
         columns, n, stored = self.columns, self.num_envs, min(self.added, self.capacity)
         drawn = torch.randint(stored, (batch_size,))
@@ -385,15 +386,15 @@ class ReplayMemory:
         burned_in = back + burn_in <= older
         back = torch.where(burned_in, back, older)
 
-        t = torch.arange(-burn_in, length).unsqueeze(1)  # 0: the first step that may carry loss
+        t = torch.arange(-burn_in, length).unsqueeze(1)  # 0: the first step that carries loss
         slots = (drawn + n * (t - back)) % self.capacity  # (burn_in + T, B)
         window, t = slots[burn_in:], t[burn_in:]  # (T, B), (T, 1)
         steps = columns["steps"][window]
-        learn = (steps == steps[0] + t) & (t <= back + newer)  # same episode, and stored
+        loss_mask = (steps == steps[0] + t) & (t <= back + newer)  # same episode, and stored
         obs = torch.cat([columns["obs"][slots[: burn_in + 1]], columns["next_obs"][window]])
-        states = columns["states"][torch.where(burned_in, slots[0], window[0])]  # (B, 2, num_layers, hidden_size)
-        taken = [columns[name][window] for name in ("actions", "rewards", "terminated")]
-        batch = Batch(obs, states.permute(1, 2, 0, 3).contiguous(), burned_in, learn, *taken)
+        state = columns["states"][torch.where(burned_in, slots[0], window[0])]
+        actions, rewards, terminated = (columns[name][window] for name in ("actions", "rewards", "terminated"))
+        batch = Batch(obs, state, burned_in, loss_mask, actions, rewards, terminated)
         return Batch(*(column.to(device) for column in batch))
 
     def state_dict(self) -> dict:
@@ -416,7 +417,7 @@ def unroll(network: QNetwork, batch: Batch, burn_in: int) -> torch.Tensor:
     if burn_in > 0:
         with torch.no_grad():
             _, after = network.read(batch.obs[:burn_in], state)  # not the head: its Q-values would be thrown away
-        state = torch.where(batch.burned_in[:, None], after, state)
+        state = torch.where(batch.burned_in[:, None, None, None], after, state)
     return network(batch.obs[burn_in:], state)[0]
 
 
@@ -425,19 +426,19 @@ def td_loss(q_values, next_q_values, batch: Batch, gamma: float, n_step: int, lo
 
     y_t = r_t + ... + gamma^(n-1) * r_(t+n-1) + gamma^n * max_a' Q_target(h_(t+n), a')    with n = n_step
 
-    No maximum where the episode terminated; fewer rewards where time ran out, or the sequence ends. With a larger n
-    rewards travel back faster; but the actions in between were an older network's, or random, and nothing corrects for
-    it (nor in R2D2). q_values: Q(h_t, .), next_q_values: Q_target(h_(t+1), .), without gradient, (T, B, A) both.
+    n is smaller where the episode or the sequence ends sooner; without the maximum where the episode terminated. With a
+    larger n rewards travel back faster; but the actions in between were an older network's, or random, and nothing
+    corrects for it (nor in R2D2). q_values: Q(h_t, .); next_q_values: Q_target(h_(t+1), .), no gradient; (T, B, A).
     """
     q_taken = q_values.gather(2, batch.actions.unsqueeze(2)).squeeze(2)  # (T, B, A) -> (T, B)
     next_q_max = next_q_values.max(dim=2).values  # (T, B, A) -> (T, B)
     discount = gamma * (1.0 - batch.terminated)
     td_target = one_step = batch.rewards + discount * next_q_max
-    for _ in range(n_step - 1):  # y_t = r_t + gamma * y_(t+1), wherever the sequence holds step t + 1 of this episode
+    for _ in range(n_step - 1):  # one reward more: r_t + gamma * y_(t+1), where step t + 1 of this episode is there
         longer = batch.rewards[:-1] + discount[:-1] * td_target[1:]
-        td_target = torch.cat([torch.where(batch.learn[1:], longer, one_step[:-1]), one_step[-1:]])
+        td_target = torch.cat([torch.where(batch.loss_mask[1:], longer, one_step[:-1]), one_step[-1:]])
     assert q_taken.shape == td_target.shape  # where T = B, (T, B, 1) against (T, B) would broadcast
-    q_taken, td_target = q_taken[batch.learn], td_target[batch.learn]  # (T, B) -> (number of steps that carry loss,)
+    q_taken, td_target = q_taken[batch.loss_mask], td_target[batch.loss_mask]  # (T, B) -> (steps with loss,)
     return loss_function(q_taken, td_target), q_taken
 
 
@@ -473,13 +474,13 @@ def train(args: Args) -> dict:
     loss_function = nn.functional.mse_loss if args.loss == "mse" else nn.functional.smooth_l1_loss
     loss = torch.zeros(())  # until the first gradient step
     parts = {"online_network": q_network, "target_network": target_network, "optimizer": optimizer, "memory": memory}
-    run = Run(args, envs, average_network, **parts)
+    run = Run(args, envs, average_network, **parts)  # the average is what is evaluated, kept as best.pt and played
     global_step, gradient_steps = (run.counts.get(name, 0) for name in ("global_step", "gradient_steps"))
-    # After a resume: such that gradient_steps fits global_step, even if --train-frequency has changed.
+    # After a resume: such that no gradient step is owed, even if --train-frequency has changed.
     learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     obs = envs.reset()
-    state = q_network.initial_state(args.num_envs)  # (2, num_layers, num_envs, hidden_size): what the network remembers
+    state = q_network.initial_state(args.num_envs)  # (num_envs, 2, num_layers, hidden_size)
     steps = np.zeros(args.num_envs, np.int64)  # taken in each environment's episode
 
     while global_step < args.total_timesteps and run.mean_return(at_least=100) < args.target_return:
@@ -502,7 +503,7 @@ def train(args: Args) -> dict:
             batch = memory.sample(args.batch_size, args.sequence_length, args.burn_in, device)
             if args.initial_state == "zero":
                 batch.state.zero_()
-            # Both networks read the whole sequence: of next_obs alone the target network would not know the history.
+            # Both networks read the whole sequence: from next_obs alone the target network could not know the history.
             with torch.no_grad():
                 next_q_values = unroll(target_network, batch, args.burn_in)[1:]  # (T, B, A)
             q_values = unroll(q_network, batch, args.burn_in)[:-1]  # (T, B, A)
@@ -512,7 +513,7 @@ def train(args: Args) -> dict:
             nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm or math.inf)  # 0: not clipped
             optimizer.step()
             gradient_steps += 1
-            # An average of the weights is evaluated: the small changes of each gradient step can change the policy.
+            # A gradient step can flip greedy actions, so an average of the weights is evaluated; first a plain mean.
             update_target(average_network, q_network, 1 / min(gradient_steps, args.average_steps))
 
             # Update the target each time gradient_steps * train_frequency crosses a multiple of target_frequency.
@@ -520,8 +521,8 @@ def train(args: Args) -> dict:
                 update_target(target_network, q_network, args.tau)
 
             if gradient_steps % 100 == 0:
-                means = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
-                run.log(global_step, "train", **means, epsilon=epsilon, learning_rate=learning_rate)
+                metrics = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
+                run.log(global_step, "train", **metrics, epsilon=epsilon, learning_rate=learning_rate)
 
         # Receive. Where an episode ended, obs begins the next one; what the action led to is in the info.
         last_obs = obs
@@ -534,11 +535,10 @@ def train(args: Args) -> dict:
         truncated = np.array([info["TimeLimit.truncated"] for info in infos])
         terminated = dones & ~truncated
         run.check(global_step, observation=[last_obs, next_obs], reward=rewards, loss=loss)
-        states = state.permute(2, 0, 1, 3).cpu()  # (num_envs, 2, num_layers, hidden_size), before last_obs was read
-        memory.add(last_obs, actions, rewards, next_obs, terminated, steps, states)
+        memory.add(last_obs, actions, rewards, next_obs, terminated, steps, state.cpu())  # before last_obs was read
         run.log_episodes(global_step, infos)
         state, steps = next_state, np.where(dones, 0, steps + 1)
-        state[:, :, dones] = 0.0  # a new episode remembers nothing, in whichever way the last one ended
+        state[dones] = 0.0  # a new episode remembers nothing, in whichever way the last one ended
 
         # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
         if global_step % args.eval_every < args.num_envs:
@@ -566,7 +566,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
     while sum(map(len, returns)) < num_episodes:
         q_values, state = network(torch.from_numpy(obs).unsqueeze(0).to(device), state)  # (1, n, A)
         obs, _, dones, infos = envs.step(q_values[0].argmax(dim=1).tolist())
-        state[:, :, dones] = 0.0
+        state[dones] = 0.0
         for i, info in enumerate(infos):
             if "episode" in info and len(returns[i]) < (num_episodes + i) // n:
                 returns[i].append(info["episode"]["r"])
@@ -593,6 +593,7 @@ def check_args(args):
         value, (low, high) = getattr(args, name), getattr(kind, "__metadata__", (-math.inf, math.inf))
         if type(value) in (int, float):
             require(args, name, low <= value <= high, f"give a number from {low} to {high}")
+        require(args, name, get_origin(kind) is not Literal or value in get_args(kind), f"give one of {get_args(kind)}")
     require(args, "time_limit", args.time_limit != 0, "give a number of steps, or -1 for no limit")
     other = args.play or args.run_dir not in ("", args.resume)
     require(args, "resume", not (args.resume and other), "give it without --play and --run-dir")
@@ -609,8 +610,8 @@ def check_drawing(args):
                 known = {mode, "rgb_array"} & {*(env.metadata.get("render_modes") or ())}  # for "human", either will do
             with make_env(args, render_mode=mode if known else None) as env:
                 env.reset(seed=0)
-                drawn = known and (mode == "human" or np.ndim(env.render()) == 3)
-            require(args, flag, drawn, "this environment cannot draw itself")
+                drawn = known and env.render_mode and (mode == "human" or np.ndim(env.render()) == 3)
+            require(args, flag, drawn, "this environment cannot draw itself, or does not keep its render_mode")
 
 
 def save_checkpoint(path: Path, **contents):
@@ -658,9 +659,9 @@ class Run:
             importlib.import_module(args.track).init(project=SCRIPT, name=self.dir.name, config=asdict(args), **sync)
         try:
             self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
+            (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         except OSError as error:
-            raise UsageError(f"cannot make the run directory {self.dir}: {error.strerror}") from None
-        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+            raise UsageError(f"cannot write the run directory {self.dir}: {error.strerror}") from None
         self.csv = open(self.dir / "progress.csv", "a", buffering=1)
         self.csv.seek(self.csv.truncate(min(self.record["csv_size"], self.csv.tell())))  # the rest is written again
         self.csv.write("" if args.resume else "step,metric,value\n")
@@ -762,7 +763,7 @@ def play(args, network_class):
         print(f"return {evaluate(args, network, 1, seed, render_mode='human').item():.1f}")
     if not args.render:
         returns = evaluate(args, network, args.final_eval_episodes, args.seed)
-        print(f"return {returns.mean():.1f} over {len(returns)} episodes ({returns.min():.0f} to {returns.max():.0f})")
+        print(f"return {returns.mean():.1f} over {len(returns)} episodes ({returns.min():.4g} to {returns.max():.4g})")
     if args.video:
         evaluate(args, network, 1, args.seed, render_mode="rgb_array", video_dir=Path(args.play).parent / "videos")
         print(f"film: {Path(args.play).parent / 'videos' / 'rl-video-episode-0.mp4'}")
@@ -771,10 +772,9 @@ def play(args, network_class):
 def parse_args():
     """Parse the command line; with --resume and --play the saved flags are the defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", type=lambda run_dir: Path(run_dir, "last.pt"))
-    parser.add_argument("--play", type=Path)
-    given = parser.parse_known_args()[0]
-    if not (path := given.resume or given.play):
+    parser.add_argument("--resume", dest="path", type=lambda run_dir: Path(run_dir, "last.pt"))
+    parser.add_argument("--play", dest="path", type=Path)
+    if not (path := parser.parse_known_args()[0].path):
         return tyro.cli(Args)
     saved = {name: value for name, value in load_checkpoint(path)["args"].items() if hasattr(Args, name)}
     default = Args(**{**saved, "resume": "", "play": "", "run_dir": "", "video": False, "track": "none"})

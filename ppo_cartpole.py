@@ -49,7 +49,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -173,7 +173,7 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
     try:
         env = gym.make(args.env_id, max_episode_steps=args.time_limit, **options)
     except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
-        raise UsageError(f"--env-id {args.env_id}: {error}") from None
+        raise UsageError(f"--env-id {args.env_id}: {error} (one of your own: module:Name-v0)") from None
     if evaluation and env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
     env = gym.wrappers.RecordEpisodeStatistics(VectorEnv(env), buffer_length=1)
@@ -464,6 +464,7 @@ def check_args(args):
         value, (low, high) = getattr(args, name), getattr(kind, "__metadata__", (-math.inf, math.inf))
         if type(value) in (int, float):
             require(args, name, low <= value <= high, f"give a number from {low} to {high}")
+        require(args, name, get_origin(kind) is not Literal or value in get_args(kind), f"give one of {get_args(kind)}")
     require(args, "time_limit", args.time_limit != 0, "give a number of steps, or -1 for no limit")
     other = args.play or args.run_dir not in ("", args.resume)
     require(args, "resume", not (args.resume and other), "give it without --play and --run-dir")
@@ -480,8 +481,8 @@ def check_drawing(args):
                 known = {mode, "rgb_array"} & {*(env.metadata.get("render_modes") or ())}  # for "human", either will do
             with make_env(args, render_mode=mode if known else None) as env:
                 env.reset(seed=0)
-                drawn = known and (mode == "human" or np.ndim(env.render()) == 3)
-            require(args, flag, drawn, "this environment cannot draw itself")
+                drawn = known and env.render_mode and (mode == "human" or np.ndim(env.render()) == 3)
+            require(args, flag, drawn, "this environment cannot draw itself, or does not keep its render_mode")
 
 
 def save_checkpoint(path: Path, **contents):
@@ -529,9 +530,9 @@ class Run:
             importlib.import_module(args.track).init(project=SCRIPT, name=self.dir.name, config=asdict(args), **sync)
         try:
             self.dir.mkdir(parents=True, exist_ok=bool(args.resume))
+            (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         except OSError as error:
-            raise UsageError(f"cannot make the run directory {self.dir}: {error.strerror}") from None
-        (self.dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+            raise UsageError(f"cannot write the run directory {self.dir}: {error.strerror}") from None
         self.csv = open(self.dir / "progress.csv", "a", buffering=1)
         self.csv.seek(self.csv.truncate(min(self.record["csv_size"], self.csv.tell())))  # the rest is written again
         self.csv.write("" if args.resume else "step,metric,value\n")
@@ -633,7 +634,7 @@ def play(args, network_class):
         print(f"return {evaluate(args, network, 1, seed, render_mode='human').item():.1f}")
     if not args.render:
         returns = evaluate(args, network, args.final_eval_episodes, args.seed)
-        print(f"return {returns.mean():.1f} over {len(returns)} episodes ({returns.min():.0f} to {returns.max():.0f})")
+        print(f"return {returns.mean():.1f} over {len(returns)} episodes ({returns.min():.4g} to {returns.max():.4g})")
     if args.video:
         evaluate(args, network, 1, args.seed, render_mode="rgb_array", video_dir=Path(args.play).parent / "videos")
         print(f"film: {Path(args.play).parent / 'videos' / 'rl-video-episode-0.mp4'}")
@@ -642,10 +643,9 @@ def play(args, network_class):
 def parse_args():
     """Parse the command line; with --resume and --play the saved flags are the defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", type=lambda run_dir: Path(run_dir, "last.pt"))
-    parser.add_argument("--play", type=Path)
-    given = parser.parse_known_args()[0]
-    if not (path := given.resume or given.play):
+    parser.add_argument("--resume", dest="path", type=lambda run_dir: Path(run_dir, "last.pt"))
+    parser.add_argument("--play", dest="path", type=Path)
+    if not (path := parser.parse_known_args()[0].path):
         return tyro.cli(Args)
     saved = {name: value for name, value in load_checkpoint(path)["args"].items() if hasattr(Args, name)}
     default = Args(**{**saved, "resume": "", "play": "", "run_dir": "", "video": False, "track": "none"})

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -47,9 +48,10 @@ class Args:
     seed: int = 1  # of the moments
 
 
-def start(script: str, *flags: str) -> subprocess.Popen:
-    """Start a run in a process group of its own."""
-    return subprocess.Popen(
+@contextmanager
+def started(script: str, *flags: str):
+    """A run in a process group of its own, which is killed where the block ends, in whichever way."""
+    process = subprocess.Popen(
         [sys.executable, str(ROOT / script), *flags],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -58,6 +60,12 @@ def start(script: str, *flags: str) -> subprocess.Popen:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def read(run_dir: Path) -> list[tuple[int, str, float]]:
@@ -89,15 +97,13 @@ def torment(script: str, kills: int, rng: random.Random) -> dict:
         run_dir, newest = Path(folder, "run"), 0
         flags = afresh = [*FLAGS[script].split(), "--run-dir", str(run_dir)]
         for _ in range(kills):
-            process = start(script, *flags)
-            began = process.stdout.readline()
-            while began and not (run_dir / "last.pt").exists() and process.poll() is None:  # nothing to lose yet
-                time.sleep(0.01)
-            if not began or process.poll() is not None:
-                raise RuntimeError(f"{script} {' '.join(flags)}: {process.stderr.read()}")
-            time.sleep(rng.uniform(0, 1))
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            with started(script, *flags) as process:
+                began = process.stdout.readline()
+                while began and not (run_dir / "last.pt").exists() and process.poll() is None:  # nothing to lose yet
+                    time.sleep(0.01)
+                if not began or process.poll() is not None:
+                    raise RuntimeError(f"{script} {' '.join(flags)}: {process.stderr.read()}")
+                time.sleep(rng.uniform(0, 1))
             counted["kills"] += 1
             half_written = list(run_dir.glob("*.tmp"))
             counted["while_writing"] += len(half_written) > 0
@@ -117,10 +123,10 @@ def torment(script: str, kills: int, rng: random.Random) -> dict:
             counted["steps_back"] += checkpoint["counts"]["global_step"] < newest
             newest = checkpoint["counts"]["global_step"]
         end = (newest // EVAL_EVERY + 2) * EVAL_EVERY
-        process = start(script, *flags, "--total-timesteps", str(end))
-        _, err = process.communicate()
+        with started(script, *flags, "--total-timesteps", str(end)) as process:
+            _, err = process.communicate(timeout=300)
         if process.returncode != 0:
-            raise RuntimeError(f"{script} does not end: {err}")
+            raise RuntimeError(f"{script} fails: {err}")
         rows = read(run_dir)
         counted["rows_wrong"] += wrong_rows(rows, torch.load(run_dir / "last.pt", weights_only=True))
         evaluated = [step // EVAL_EVERY for step, metric, _ in rows if metric == "eval/return_mean"]

@@ -169,6 +169,24 @@ def test_bfloat16_rounds_and_does_no_more():
     assert {p.dtype for p in half.parameters()} == {torch.float32}  # what the optimiser moves is never rounded
 
 
+def test_gradients_in_bfloat16_are_those_in_float32_but_for_rounding():
+    obs, actions = torch.randint(0, 256, (32, 4, 84, 84), dtype=torch.uint8), torch.arange(32) % 4
+    gradients, heads = [], []
+    for network in networks():
+        network.head.register_forward_hook(lambda _, inputs, q_values: heads.append((inputs[0], q_values)))
+        torch.nn.functional.smooth_l1_loss(network(obs)[range(32), actions], torch.arange(32.0) / 8).backward()
+        gradients.append(dict((name, parameter.grad) for name, parameter in network.named_parameters()))
+    assert all(tensor.dtype == torch.float32 for head in heads for tensor in head)
+    (features, q_values), _ = heads[1], heads[0]
+    assert torch.equal(q_values, torch.nn.functional.linear(features, network.head.weight, network.head.bias))
+    for name, exact in gradients[0].items():
+        rounded = gradients[1][name]
+        assert rounded.dtype == torch.float32 and exact.abs().max() > 0
+        assert not torch.equal(exact, rounded)
+        assert torch.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.99, name
+        assert rounded.norm().item() == pytest.approx(exact.norm().item(), rel=0.02), name
+
+
 @pytest.mark.parametrize("instructions, cuda, expected", [
     ({"avx512_bf16": True}, False, torch.bfloat16), ({"amx_bf16": True}, False, torch.bfloat16),
     ({"avx512_bf16": False}, False, torch.float32), ({"avx512_bf16": True}, True, torch.float32),
@@ -258,6 +276,51 @@ def test_the_online_network_acts_on_the_last_four_frames_of_each_game(tmp_path, 
             assert torch.equal(after[i, :3], older)
         ended += dones.sum()
     assert ended > 10
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.25, 1.0])
+def test_an_evaluation_stacks_its_own_frames_and_explores_at_eval_epsilon(epsilon, monkeypatch):
+    seen, actions = [], []
+
+    class AlwaysLeft(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parameter = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, obs):
+            seen.append(obs.clone())
+            return torch.tensor([[1.0, 0.0]]).expand(len(obs), -1)
+
+    step = dqn_atari.DummyVecEnv.step
+    monkeypatch.setattr(dqn_atari.DummyVecEnv, "step", lambda envs, a: actions.append(a) or step(envs, a))
+    args = Args(**{**SHORT, "num_envs": 3, "time_limit": None}, env_id="toy_envs:Squares-v0", eval_epsilon=epsilon)
+    assert len(dqn_atari.evaluate(args, AlwaysLeft(), 60, seed=1)) == 60
+    assert len(seen) == 160  # 20 episodes of 8 steps in each environment
+    for t, obs in enumerate(seen):
+        begun = t % 8  # steps of this episode before this one
+        frames = [seen[t - 3 + k][:, 3] if 3 - k <= begun else torch.zeros(3, 84, 84) for k in range(3)]
+        assert all(torch.equal(obs[:, k], frame) for k, frame in enumerate(frames))
+        assert obs[:, 3].any()
+    other = np.array(actions) == 1  # half of the random actions are 0 too
+    assert other.mean() == pytest.approx(epsilon / 2, abs=0.05)
+    together = (other.all(axis=1) | ~other.any(axis=1)).mean()  # by chance only: each environment draws for itself
+    assert together == pytest.approx((epsilon / 2) ** 3 + (1 - epsilon / 2) ** 3, abs=0.1)
+
+
+def test_the_memory_gets_gamma_and_n_of_the_flags(tmp_path, monkeypatch):
+    batches, td_loss = [], dqn_atari.td_loss
+    spy = lambda q, q_next, batch, *rest: batches.append(batch) or td_loss(q, q_next, batch, *rest)  # noqa: E731
+    monkeypatch.setattr(dqn_atari, "td_loss", spy)
+    run(tmp_path, gamma=0.5, n_step=3)
+    assert {0.125} <= {discount for batch in batches for discount in batch.discounts.tolist()} <= {0.125, 0.25, 0.5}
+
+
+def test_the_metrics_come_every_500_gradient_steps(tmp_path):
+    run(tmp_path, network="nips", batch_size=1, train_frequency=1, total_timesteps=750)
+    with open(tmp_path / "run" / "progress.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] in ("train/loss", "train/q_taken")]
+    assert [int(row["step"]) for row in rows] == [700, 700]
+    assert all(math.isfinite(float(row["value"])) for row in rows)
 
 
 def test_evaluating_does_not_change_the_training(tmp_path):

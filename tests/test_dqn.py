@@ -749,7 +749,7 @@ def test_playing_a_checkpoint_tells_its_return(name, cli, tmp_path):
         status, out, _ = cli("--play", run_dir / name, "--final-eval-episodes", 2, "--seed", seed)
         assert status == 0
         returns = dqn.evaluate(args, network, 2, seed)
-        assert f"return {returns.mean():.1f} over 2 episodes ({returns.min():.0f} to {returns.max():.0f})" in out
+        assert f"return {returns.mean():.1f} over 2 episodes ({returns.min():.4g} to {returns.max():.4g})" in out
     assert set(tmp_path.rglob("*")) == files
 
 

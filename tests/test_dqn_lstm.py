@@ -139,7 +139,7 @@ def test_states_begin_at_zero_and_move_with_every_observation(epsilon, tmp_path,
                 lengths.add(previous)
                 state = network.initial_state(1)
             previous = row["steps"] + 1
-            torch.testing.assert_close(torch.from_numpy(row["states"]), state[:, :, 0], rtol=0, atol=1e-6)
+            torch.testing.assert_close(torch.from_numpy(row["states"]), state[0], rtol=0, atol=1e-6)
             with torch.no_grad():
                 q_values, state = network(torch.from_numpy(row["obs"]).reshape(1, 1, -1), state)
             if epsilon == 0:
@@ -180,18 +180,18 @@ def test_a_sequence_is_a_stretch_of_one_episode(length, burn_in, capacity, trans
     held = {tuple(row["obs"]) for rows in rows_of(memory).values() for row in rows}
     torch.manual_seed(0)
     batch = memory.sample(400, length, burn_in, CPU)
-    assert batch.obs.shape == (burn_in + length + 1, 400, 3) and batch.state.shape == (2, 1, 400, 4)
-    assert batch.learn.shape == (length, 400) and batch.burned_in.shape == (400,)
-    assert batch.actions.shape == batch.rewards.shape == batch.terminated.shape == batch.learn.shape
+    assert batch.obs.shape == (burn_in + length + 1, 400, 3) and batch.state.shape == (400, 2, 1, 4)
+    assert batch.loss_mask.shape == (length, 400) and batch.burned_in.shape == (400,)
+    assert batch.actions.shape == batch.rewards.shape == batch.terminated.shape == batch.loss_mask.shape
     learned = set()
     for i in range(400):
         begin = 0 if batch.burned_in[i] else burn_in
         env, episode, first = batch.obs[begin, i].tolist()
-        assert (batch.state[:, :, i] == first).all()
+        assert (batch.state[i] == first).all()
         # Less than the whole burn-in only where the episode begins, or the ring has forgotten what was before.
         assert batch.burned_in[i] or first == 0 or (env, episode, first - 1) not in held
-        carrying = int(batch.learn[:, i].sum())
-        assert carrying > 0 and batch.learn[:carrying, i].all()
+        carrying = int(batch.loss_mask[:, i].sum())
+        assert carrying > 0 and batch.loss_mask[:carrying, i].all()
         end = burn_in + carrying
         assert batch.obs[begin : end + 1, i].tolist() == [[env, episode, first + k] for k in range(end + 1 - begin)]
         for k in range(carrying):
@@ -202,6 +202,20 @@ def test_a_sequence_is_a_stretch_of_one_episode(length, burn_in, capacity, trans
         # It ends only where the window, the episode or the memory ends.
         assert carrying == length or (env, episode, step + 1) not in held
     assert learned == held  # 400 draws miss one of 60 with a chance of 0.001 each, at this seed none
+
+
+def test_what_is_drawn_stands_anywhere_in_its_sequence():
+    memory, _ = random_memory(num_envs=1, transitions=30, end_rate=0.0)  # one episode, of 30 steps
+    torch.manual_seed(0)
+    batch = memory.sample(20_000, 6, 4, CPU)
+    carried = torch.bincount(batch.obs[4:-1, :, 2][batch.loss_mask].long(), minlength=30) / 20_000
+    expected = np.zeros(30)
+    for drawn in range(30):
+        for back in range(6):
+            first = drawn - back if drawn - back >= 4 else 0
+            expected[first : first + 6] += 1 / (30 * 6)
+    np.testing.assert_allclose(carried, expected, atol=0.015)
+    assert expected[-1] < 0.6 * expected[15]
 
 
 def test_a_sequence_is_no_copy_of_the_memory():
@@ -225,7 +239,8 @@ def test_a_restored_memory_does_not_join_the_episodes_before_and_after(tmp_path)
     batch = restored.sample(500, 6, 3, CPU)
     episodes, burned_in = batch.obs[..., 1], batch.burned_in
     assert {0, 9} == set(episodes[3].tolist())
-    assert (episodes[3:-1] == episodes[3])[batch.learn].all() and (episodes[4:] == episodes[3])[batch.learn].all()
+    for steps in (episodes[3:-1], episodes[4:]):
+        assert (steps == episodes[3])[batch.loss_mask].all()
     assert (episodes[:3, burned_in] == episodes[3, burned_in]).all() and burned_in.any() and not burned_in.all()
 
 
@@ -250,7 +265,7 @@ def random_batch(network, burn_in, burned_in, learn):
     """A batch of random observations, states and actions; learn (T, B)."""
     generator = torch.Generator().manual_seed(0)
     obs = torch.randn(burn_in + len(learn) + 1, len(burned_in), 6, generator=generator)
-    state = torch.randn(2, 2, len(burned_in), 16, generator=generator) * 0.5
+    state = torch.randn(len(burned_in), 2, 2, 16, generator=generator) * 0.5
     actions, ones = torch.randint(2, learn.shape, generator=generator), torch.ones(learn.shape)
     return lstm.Batch(obs, state, torch.tensor(burned_in), learn, actions, ones, 0.0 * ones)
 
@@ -262,7 +277,7 @@ def test_unrolling_a_sequence_equals_stepping_through_it(network, burn_in):
         unrolled = lstm.unroll(network, batch, burn_in)
         assert unrolled.shape == (7, 4, 2)
         for i, burned_in in enumerate(batch.burned_in):
-            state, stepped = batch.state[:, :, i : i + 1].contiguous(), []
+            state, stepped = batch.state[i : i + 1], []
             for obs in batch.obs[0 if burned_in else burn_in :, i]:
                 q_values, state = network(obs.reshape(1, 1, 6), state)
                 stepped.append(q_values[0, 0])
@@ -286,6 +301,13 @@ def test_the_control_is_as_wide_and_as_deep():
         assert sizes == [(5, 2, 32)]
         layers = network.lstm.num_layers if memory == "lstm" else len(network.layers)
         assert layers == 3
+
+
+def test_forget_gates_start_open():
+    network = make_network(lstm.Args(hidden_size=8, num_layers=2))
+    for layer in range(2):
+        inputs, forget, cell, output = getattr(network.lstm, f"bias_ih_l{layer}").detach().split(8)
+        assert (forget == 2.0).all() and torch.cat([inputs, cell, output]).abs().max() < 1.0
 
 
 def loss_of(network, batch, burn_in, n_step=1):
@@ -331,7 +353,7 @@ def test_a_sequence_starts_from_the_state_of_that_time_or_from_zero(initial_stat
     lstm.train(options(tmp_path, initial_state=initial_state, **flags))
     assert len({id(network) for network, _ in batches}) == 2 and len(batches) == 2 * ((201 - 150) // 4)
     for _, batch in batches:
-        begun = batch.state.abs().sum(dim=(0, 1, 3)) > 0  # (B,)
+        begun = batch.state.abs().sum(dim=(1, 2, 3)) > 0  # (B,)
         first = torch.where(batch.burned_in.unsqueeze(1), batch.obs[0], batch.obs[1])[:, 2]  # its step
         assert torch.equal(begun, (first > 0) if initial_state == "stored" else torch.zeros(16, dtype=torch.bool))
         assert (first == 0).any() and (first > 0).any()
@@ -347,7 +369,7 @@ class StepCounter(lstm.QNetwork):
 
     def forward(self, obs, state):
         state = state + 1
-        count = state[0, 0, :, 0].long() - 1
+        count = state[:, 0, 0, 0].long() - 1
         return torch.eye(5)[count % 5].unsqueeze(0).expand(len(obs), -1, -1) + 0 * self.head[0].weight.sum(), state
 
 
@@ -480,6 +502,18 @@ def test_adam_gets_the_epsilon_of_the_flags(flags, eps, tmp_path, monkeypatch):
     assert seen == {eps}
 
 
+def test_the_loss_gets_gamma_and_n_of_the_flags(tmp_path, monkeypatch):
+    seen, td_loss = set(), lstm.td_loss
+
+    def spy(q_values, next_q_values, batch, gamma, n_step, loss_function):
+        seen.add((gamma, n_step))
+        return td_loss(q_values, next_q_values, batch, gamma, n_step, loss_function)
+
+    monkeypatch.setattr(lstm, "td_loss", spy)
+    lstm.train(options(tmp_path, **SHORT, gamma=0.7, n_step=3))
+    assert seen == {(0.7, 3)}
+
+
 @pytest.mark.parametrize("largest", [0.0, 1e-3])
 def test_the_gradient_is_clipped(largest, tmp_path, monkeypatch):
     norms, step = [], torch.optim.Adam.step
@@ -506,7 +540,7 @@ def test_a_resumed_run_begins_new_episodes_and_no_sequence_joins_the_old_ones(tm
         assert [bool(row["states"].any()) for row in rows[195:205]] == [step != 200 for step in range(195, 205)]
     memory.columns["rewards"][:] = torch.arange(memory.capacity) // 2  # each tells its row
     batch = memory.sample(2_000, 6, 3, CPU)
-    first, last = batch.rewards[0], (batch.rewards * batch.learn).amax(0)
+    first, last = batch.rewards[0], (batch.rewards * batch.loss_mask).amax(0)
     started = first - 3 * batch.burned_in  # the row from which it is read
     assert {195, 199, 200, 203} <= set(first.tolist())
     assert ((started >= 200) == (last >= 200)).all()
@@ -584,7 +618,7 @@ class HistoryCounter(lstm.QNetwork):
     """A network whose state and Q-values count the observations read since the state was zero."""
 
     def read(self, obs, state):
-        return state[0, 0, :, :1] + torch.arange(1, len(obs) + 1).reshape(-1, 1, 1), state + len(obs)  # (T, B, 1)
+        return state[:, 0, 0, :1] + torch.arange(1, len(obs) + 1).reshape(-1, 1, 1), state + len(obs)  # (T, B, 1)
 
     def forward(self, obs, state):
         count, state = self.read(obs, state)
@@ -597,8 +631,8 @@ def test_both_networks_know_the_episode_up_to_the_step_that_they_judge(burn_in, 
 
     def spy(q_values, next_q_values, batch, *rest):
         steps, next_steps = batch.obs[burn_in:-1, :, 2], batch.obs[burn_in + 1 :, :, 2]  # an observation tells its own
-        torch.testing.assert_close(q_values[..., 0][batch.learn], steps[batch.learn] + 1)
-        torch.testing.assert_close(next_q_values[..., 0][batch.learn], next_steps[batch.learn] + 1)
+        torch.testing.assert_close(q_values[..., 0][batch.loss_mask], steps[batch.loss_mask] + 1)
+        torch.testing.assert_close(next_q_values[..., 0][batch.loss_mask], next_steps[batch.loss_mask] + 1)
         batches.append(batch)
         return td_loss(q_values, next_q_values, batch, *rest)
 

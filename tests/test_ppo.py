@@ -416,9 +416,6 @@ def test_the_seed_reaches_the_initial_weights(tmp_path):
         ("gamma", 0.5),
         ("gae_lambda", 0.1),
         ("clip_coef", 1e-3),
-        ("value_coef", 0.1),
-        ("entropy_coef", 0.1),
-        ("max_grad_norm", 1e-3),
         ("optimizer_eps", 1.0),
         ("update_epochs", 3),
     ],
@@ -481,6 +478,48 @@ def test_it_learns_cartpole(tmp_path):
 def test_an_untrained_network_has_not_learned(tmp_path):
     args = options(tmp_path, num_steps=9, update_epochs=1, total_timesteps=36, final_eval_episodes=20)
     assert ppo.train(args)["final_return_mean"] < 50
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-2])
+def test_a_gradient_step_follows_the_gradient_of_its_own_minibatch(largest, tmp_path, monkeypatch):
+    networks, parts, gradients, steps = [], {}, [], []
+    originals = ppo.log_probs_and_entropy, ppo.ppo_loss, ppo.critic_loss, torch.optim.Adam.step
+
+    class Kept(ppo.ActorCritic):
+        def __init__(self, *args):
+            super().__init__(*args)
+            networks.append(self)
+
+    def spy_on_entropy(*args):
+        log_probs, parts["entropy"] = originals[0](*args)
+        return log_probs, parts["entropy"]
+
+    def spy_on_policy_loss(*args):
+        parts["policy"], log_ratio = originals[1](*args)
+        return parts["policy"], log_ratio
+
+    def spy_on_value_loss(*args):  # the last of the three
+        value_loss = originals[2](*args)
+        loss = parts["policy"] + 0.25 * value_loss - 0.125 * parts["entropy"].mean()
+        gradients.append(torch.autograd.grad(loss, list(networks[0].parameters()), retain_graph=True))
+        return value_loss
+
+    def spy_on_step(optimizer, *rest):
+        norm = torch.cat([gradient.flatten() for gradient in gradients[-1]]).norm()
+        scale = min(1.0, largest / norm.item()) if largest else 1.0
+        steps.append(scale)
+        expected = [scale * gradient for gradient in gradients[-1]]
+        given = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-7)
+        return originals[3](optimizer, *rest)
+
+    monkeypatch.setattr(ppo, "ActorCritic", Kept)
+    monkeypatch.setattr(ppo, "log_probs_and_entropy", spy_on_entropy)
+    monkeypatch.setattr(ppo, "ppo_loss", spy_on_policy_loss)
+    monkeypatch.setattr(ppo, "critic_loss", spy_on_value_loss)
+    monkeypatch.setattr(torch.optim.Adam, "step", spy_on_step)
+    result = ppo.train(options(tmp_path, value_coef=0.25, entropy_coef=0.125, max_grad_norm=largest))
+    assert len(steps) == result["gradient_steps"] and (min(steps) < 1.0) == bool(largest)
 
 
 def test_a_norm_of_0_does_not_clip(tmp_path):

@@ -97,10 +97,11 @@ def start(tmp_path):
         )  # fmt: skip
         try:
             out, err = process.communicate(timeout=SAFETY_NET)
+            left = [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(tmp_path)]
+            assert psutil.wait_procs(left, timeout=SAFETY_NET)[1] == []
         finally:
-            process.kill()
-        left = [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(tmp_path)]
-        assert psutil.wait_procs(left, timeout=SAFETY_NET)[1] == []
+            for left in [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(tmp_path)]:
+                left.kill()
         return process.returncode, out, err
 
     return run
@@ -612,7 +613,7 @@ ANY = {
     "no such choice": (["--vec-env", "threads"], "--vec-env"),
     "no such device": (["--device", "cuda:99"], "--device cuda:99"),
     "missing package": (["--track", "wandb"], "--track wandb: pip install it first"),
-    "existing run directory": (["--run-dir", "."], "cannot make the run directory ."),
+    "existing run directory": (["--run-dir", "."], "cannot write the run directory ."),
     "name that no disk takes": (["--run-dir", "x" * 300], "File name too long"),
     "unknown flag": (["--learning-rat", 0.1], "--learning-rate"),
     "word without a flag": (["something"], "something"),
@@ -621,6 +622,7 @@ ANY = {
     "window in a training": (["--render"], "--render True: needs --play"),
     "film of what has no pictures": (["--env-id", "toy_envs:Constant-v0", *FILM], "--video True: this"),
     "film of what draws nothing": (["--env-id", "toy_envs:Blank-v0", *FILM], "--video True: this"),
+    "film of what forgets its mode": (["--env-id", "toy_envs:ForgetsMode-v0", *FILM], "--video True: this"),
     "film of what takes no mode": (["--env-id", "toy_envs:FixedMode-v0", *FILM], "--video True: this"),
     "learning never starts": (["--learning-starts", 900, "--total-timesteps", 500], "--learning-starts 900"),
 }
@@ -654,6 +656,15 @@ def test_every_number_has_a_range(name):
         if field.name != "target_return":
             with pytest.raises(ValueError, match=f"--{field.name.replace('_', '-')} -7"):
                 module.Args(**{field.name: type(field.default)(-7)})
+
+
+@each_script
+def test_a_choice_that_does_not_exist_is_refused_from_python_too(name):
+    module = load(ROOT / f"{name}.py")
+    for field in dataclasses.fields(module.Args):
+        if str(field.type).startswith("typing.Literal"):
+            with pytest.raises(ValueError, match=f"--{field.name.replace('_', '-')} hubber: give one of"):
+                module.Args(**{field.name: "hubber"})
 
 
 # --- When things are due ---

@@ -389,14 +389,17 @@ def running(request, tmp_path):
         cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**environment(), "PYTHONPATH": str(tmp_path)}, start_new_session=True,
     )  # fmt: skip
-    lines = (line for line in process.stdout if " eval " in line)
-    assert all(next(lines, None) for _ in range(3)), process.stderr.read()
-    children = psutil.Process(process.pid).children(recursive=True)
-    yield process, children
-    for child in [process, *children]:
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            child.kill()
-    process.communicate()
+    children = []
+    try:
+        lines = (line for line in process.stdout if " eval " in line)
+        assert all(next(lines, None) for _ in range(3)), process.stderr.read()
+        children += psutil.Process(process.pid).children(recursive=True)
+        yield process, children
+    finally:
+        for child in [process, *children]:  # the main process first: it would end its workers in an order of its own
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                child.kill()
+        process.communicate()
 
 
 def test_a_killed_worker_ends_the_run(running, tmp_path):

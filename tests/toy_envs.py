@@ -488,6 +488,18 @@ class Pictures(LongFilm):
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 30}
 
 
+class ForgetsMode(Walk):
+    """Draws, but does not keep the render_mode that it takes, which RecordVideo asks for."""
+
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+
+    def render(self):
+        return np.zeros((16, 16, 3), np.uint8)
+
+
 class FixedMode(Walk):
     """Always draws, and takes no render_mode."""
 
@@ -518,7 +530,7 @@ for name, which in {"NanFirst-v0": 1, "NanLater-v0": 30}.items():
     gym.register(name, entry_point=NanReset, disable_env_checker=True, max_episode_steps=5, kwargs={"which": which})
 for entry_point in (
     *(Walk, Forms, Fractions, OneInfo, GlobalRandom, Samples, IntSeed, Counted, Item, StartsAtOne, Aliases, Table),
-    *(Mixture, Matrix, Positions, BrokenInit, Huge, Signals, Simulator, LongFilm, Pictures, FixedMode),
+    *(Mixture, Matrix, Positions, BrokenInit, Huge, Signals, Simulator, LongFilm, Pictures, FixedMode, ForgetsMode),
 ):
     gym.register(f"{entry_point.__name__}-v0", entry_point=entry_point)
 gym.register("WithStatistics-v0", entry_point=with_statistics)
