@@ -316,7 +316,7 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
             options = {"disable_env_checker": True, **limit}
         env = gym.make(env_id, **options, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
-        raise UsageError(f"--env-id {args.env_id}: {error} (one of your own: module:Name-v0)") from None
+        raise UsageError(f"--env-id {args.env_id}: {error}") from None
     if evaluation and not atari and env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
     clip = args.clip_rewards and not evaluation

@@ -168,7 +168,7 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
     try:
         env = gym.make(args.env_id, max_episode_steps=args.time_limit, **options)
     except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
-        raise UsageError(f"--env-id {args.env_id}: {error} (one of your own: module:Name-v0)") from None
+        raise UsageError(f"--env-id {args.env_id}: {error}") from None
     if evaluation and env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
     env = gym.wrappers.RecordEpisodeStatistics(VectorEnv(env), buffer_length=1)

@@ -36,7 +36,7 @@ def make(monkeypatch, needs, env_id):
 
 @each_language
 def test_each_block_is_the_text_of_its_file(text):
-    names = ("corridor", "minigrid_pixels", "mario_pixels", "nine_torques")
+    names = ("corridor", "minigrid_pixels", "mario_pixels", "nine_torques", "own_program")
     assert blocks(text, "python") == [(EXAMPLES / f"{name}.py").read_text() for name in names]
 
 
@@ -54,7 +54,7 @@ def test_the_commands_shown_are_those_of_the_raw_data():
         command = json.loads((RESULTS / name / "command.json").read_text())["command"]
         assert f"PYTHONPATH=docs/examples {command.replace(' --seed N', '')}" in shown
     for line in shown:
-        script, *flags = shlex.split(line.removeprefix("PYTHONPATH=docs/examples ").removeprefix("python "))
+        script, *flags = shlex.split(re.sub(r"^(PYTHONPATH=\S+ )?python ", "", line))
         if not script.startswith(("docs/", "benchmarks/")):
             tyro.cli(load(ROOT / script).Args, args=flags)
 
@@ -118,6 +118,14 @@ def test_nine_torques_are_the_pairs_of_three(monkeypatch):
     torques = [env.get_wrapper_attr("action")(np.int64(action)).tolist() for action in range(9)]
     sizes = (-0.1, 0.0, 0.1)
     np.testing.assert_allclose(torques, [[first, second] for first in sizes for second in sizes], atol=1e-6)
+
+
+def test_a_program_of_ones_own_trains_with_workers(python, tmp_path):
+    done = python(EXAMPLES / "own_program.py", PYTHONPATH=f"{ROOT}:{EXAMPLES}")
+    assert done.returncode == 0, done.stderr
+    mean = re.search(r"^return (\S+) at the end$", done.stdout, re.MULTILINE)[1]
+    assert -4.5 > float(mean) > -8.0  # the shortest way: -5 on average
+    assert len(list(tmp_path.glob("runs/*"))) == 1  # no worker has trained too
 
 
 # --- What is refused ---
