@@ -91,7 +91,7 @@ def metadata(path):
 
 
 def definitions(path):
-    """Return {name: text} of the functions and classes above the divider, with their decorators."""
+    """Return {name: text} of functions, classes (with their decorators) and constants above the divider."""
     algorithm, _ = split(path)
     lines = algorithm.splitlines()
     found = {}
@@ -99,6 +99,8 @@ def definitions(path):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+        elif isinstance(node, ast.Assign) and node.targets[0].id != "SCRIPT":
+            found[node.targets[0].id] = lines[node.lineno - 1]
     return found
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -665,6 +666,28 @@ def test_a_choice_that_does_not_exist_is_refused_from_python_too(name):
         if str(field.type).startswith("typing.Literal"):
             with pytest.raises(ValueError, match=f"--{field.name.replace('_', '-')} hubber: give one of"):
                 module.Args(**{field.name: "hubber"})
+
+
+def test_a_run_directory_of_its_own_has_a_name_that_every_disk_takes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = (train("dqn_cartpole", "", env_id="toy_envs:Space/Constant-v0")["run_dir"] for _ in range(2))
+    assert re.fullmatch(r"runs/toy_envs-Space-Constant-v0__dqn_cartpole__3__\d{8}-\d{6}-\d{9}", first)
+    assert first != second and all(Path(run, "result.json").exists() for run in (first, second))
+
+
+def test_a_network_that_is_no_number_is_not_saved(tmp_path, monkeypatch):
+    module, evaluate = load(SCRIPT), load(SCRIPT).Run.evaluate
+
+    def spoil(run, *args):  # after the checks of what is learned from, before the checkpoint of the same step
+        evaluate(run, *args)
+        if run.counts["global_step"] > 200:
+            next(run.network.parameters()).data.fill_(math.nan)
+
+    monkeypatch.setattr(module.Run, "evaluate", spoil)
+    with pytest.raises(SystemExit, match="the network is not finite at step 400"):
+        train("dqn_cartpole", tmp_path / "run", checkpoint_every=100, eval_every=200)
+    assert checkpoint_of(tmp_path / "run")["counts"]["global_step"] == 300
+    assert finite(checkpoint_of(tmp_path / "run")["network"])
 
 
 # --- When things are due ---

@@ -524,6 +524,7 @@ gym.register("Constant-v0", entry_point=Constant, disable_env_checker=True, max_
 gym.register("Cue-v0", entry_point=Cue, disable_env_checker=True)
 gym.register("Raising-v0", entry_point=Raising, disable_env_checker=True, max_episode_steps=5)
 gym.register("NotANumber-v0", entry_point=NotANumber, disable_env_checker=True, max_episode_steps=5)
+gym.register("Space/Constant-v0", entry_point=Constant, disable_env_checker=True, max_episode_steps=20)
 gym.register("Image-v0", entry_point=Image, disable_env_checker=True, max_episode_steps=5)
 gym.register("Blank-v0", entry_point=Blank, disable_env_checker=True, max_episode_steps=5)
 for name, which in {"NanFirst-v0": 1, "NanLater-v0": 30}.items():
