@@ -107,7 +107,7 @@ def collect(run_dir: Path, out: Path) -> dict:
         for step, metric, value in rows[1:]:
             if metric in KEPT:
                 stride = max(1, counts[metric] // 200) if metric.startswith("train/") else 1  # 200 to 400 points each
-                if seen[metric] % stride == 0:
+                if seen[metric] % stride == 0 or seen[metric] == counts[metric] - 1:
                     file.write(f"{step},{metric},{value}\n")
                 seen[metric] += 1
     row = {"seed": seed, **{name: result[name] for name in FROM_RESULT}}
