@@ -32,22 +32,21 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of 20 seeds
     q_taken              42         88         100          (94 to 101; no true value is above 1 / (1 - gamma) = 100)
 
 What is fed to which network. The replay memory holds an episode of 5 steps: observations o0 to o5, actions a0 to a4;
-the pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient step may read this sequence, where
-Q(o3) is short for Q of the history up to o3:
+the pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradient step may read this sequence:
 
     position          0        1        2                      3        4        5
     observation       o1       o2       o3                     o4       o5       -
     what it is for    burn-in  burn-in  loss                   loss     the end  padding
-    online network    read     read     Q(o3)                  Q(o4)    read     read     from the state before o1
-    target network    read     read     Q'(o3)                 Q'(o4)   Q'(o5)   read     from the same state
-    TD target                           r3 + gamma max Q'(o4)  r4                         terminated: no bootstrap
+    online network    read     read     Q(h3)                  Q(h4)    read     read     from the state before o1
+    target network    read     read     Q'(h3)                 Q'(h4)   Q'(h5)   read     from the same state
+    TD target                           r3 + gamma max Q'(h4)  r4                         terminated: no bootstrap
 
 1. Both networks read it in order, each with its own weights. Each observation includes the action before it, one-hot.
 2. The recurrent state before o1 was stored when the agent was there (--initial-state zero: zeros). It is stale: today's
    weights would remember something else. The burn-in, without loss and without gradient, brings it closer.
-3. The target of Q(o3, a3) takes Q' one position later (n, with --n-step n), from the same pass over the sequence. If
+3. The target of Q(h3, a3) takes Q' one position later (n, with --n-step n), from the same pass over the sequence. If
    only o4 were fed to the target network, it would know nothing of o3.
-4. If time had run out at o5, the target there would be r4 + gamma max Q'(o5). Padding never enters the loss.
+4. If time had run out at o5, the target there would be r4 + gamma max Q'(h5). Padding never enters the loss.
 5. If fewer than 2 steps of the episode precede the first step with loss, the sequence starts at o0, with a state of
    zeros and no burn-in. If the memory has overwritten them, it starts at the oldest left, with the state stored there.
 

@@ -168,7 +168,7 @@ BUGS = [
     Bug("sequences-cross-resets", RECURRENT,
         "test_dqn_lstm.py::test_a_sequence_is_a_stretch_of_one_episode[0.15-60-150-4-0]",
         "sequences run across the ends of episodes",
-        "learn = (steps == steps[0] + t) & (", "learn = ("),
+        "loss_mask = (steps == steps[0] + t) & (", "loss_mask = ("),
     Bug("gradient-in-burn-in", RECURRENT, "test_dqn_lstm.py::test_no_gradient_from_burn_in_and_padding",
         "gradients flow through the burn-in",
         "with torch.no_grad():\n            _, after =", "if True:\n            _, after ="),
