@@ -196,9 +196,9 @@ class VectorEnv(gym.Wrapper):
 
 
 class CartPoleView(gym.ObservationWrapper):
-    """Hides the velocities. The units are such that a step mostly changes a number by 0.1 to 0.6: learned sooner."""
+    """Hides CartPole's velocities (--hide), and changes the units: a step then mostly changes a number by 0.1 to 0.6."""
 
-    units = np.float32([0.1, 0.5, 0.02, 0.5])  # of x, its velocity, the angle, its velocity
+    units = np.float32([0.1, 0.5, 0.02, 0.5])  # of x, its velocity, the angle, its velocity: an LSTM learns sooner
 
     def __init__(self, env: gym.Env, hide: str):
         super().__init__(env)
@@ -375,7 +375,7 @@ class ReplayMemory:
         It starts 0 to length - 1 steps before, so that what is drawn stands anywhere in it, and reads burn_in steps
         before that. If the episode, or what the ring still holds of it, has fewer, the sequence starts at the oldest of
         them, without burn-in, and may end before what was drawn. So not all steps carry loss equally often: the last
-        one of an episode half as often as those in its middle.
+        one of an episode about half as often as those in its middle.
         """
         columns, n, stored = self.columns, self.num_envs, min(self.added, self.capacity)
         drawn = torch.randint(stored, (batch_size,))
@@ -512,7 +512,7 @@ def train(args: Args) -> dict:
             nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm or math.inf)  # 0: not clipped
             optimizer.step()
             gradient_steps += 1
-            # A gradient step can flip greedy actions, so an average of the weights is evaluated; first a plain mean.
+            # A gradient step can flip greedy actions, so an average of the weights is evaluated: at first the mean.
             update_target(average_network, q_network, 1 / min(gradient_steps, args.average_steps))
 
             # Update the target each time gradient_steps * train_frequency crosses a multiple of target_frequency.
