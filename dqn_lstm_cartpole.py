@@ -196,7 +196,7 @@ class VectorEnv(gym.Wrapper):
 
 
 class CartPoleView(gym.ObservationWrapper):
-    """Hides CartPole's velocities (--hide), and changes the units: a step then mostly changes a number by 0.1 to 0.6."""
+    """Hides the velocities (--hide), and changes the units: a step then mostly changes a number by 0.1 to 0.6."""
 
     units = np.float32([0.1, 0.5, 0.02, 0.5])  # of x, its velocity, the angle, its velocity: an LSTM learns sooner
 
