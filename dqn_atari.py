@@ -106,6 +106,7 @@ class Args:
     target_frequency: Count = 4_000  # transitions per copy of the network into the target network
     gamma: Fraction = 0.99  # discount per step
     n_step: Annotated[int, 1, 1_000] = 3  # rewards in a target before the maximum; no off-policy correction
+    n_step_until: Count = 1_000_000  # transitions after which a target holds one reward
     buffer_size: Annotated[int | None, 1, 10**9] = None  # frames in the memory (default: 1,000,000 or 0.9 of what fits)
     batch_size: Count = 32  # transitions per gradient step
     network: Literal["nature", "nips"] = "nature"  # of 2015; or of 2013, a third of the multiplications
@@ -118,7 +119,8 @@ class Args:
 
     # optimisation
     learning_rate: Positive = 2e-4  # step size of Adam at the start
-    learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
+    learning_rate_end: NonNegative = 5e-5  # step size once the schedule has ended
+    learning_rate_steps: Count = 1_500_000  # transitions over which it falls, in a straight line
     optimizer_eps: Positive = 1e-8  # added to what Adam divides by
     loss: Literal["mse", "huber"] = "huber"  # the squared TD error; huber: half of it, linear where it is beyond 1
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the CPU has it, without a GPU
@@ -617,10 +619,13 @@ def train(args: Args) -> dict:
         global_step += args.num_envs
 
         # Learn: one gradient step per train_frequency transitions, however many environments there are.
-        learning_rate = linear_schedule(args.learning_rate, args.learning_rate_end, args.total_timesteps, global_step)
+        learning_rate = linear_schedule(
+            args.learning_rate, args.learning_rate_end, args.learning_rate_steps, global_step
+        )
+        n_step = args.n_step if global_step <= args.n_step_until else 1
         optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # eps: a resume restores the old one
         while gradient_steps < (global_step - learning_starts) // args.train_frequency:
-            batch = memory.sample(args.batch_size, args.n_step, args.gamma, device)
+            batch = memory.sample(args.batch_size, n_step, args.gamma, device)
             with torch.no_grad():
                 next_q_values = target_network(batch.next_obs)
             loss, q_taken = td_loss(q_network(batch.obs), next_q_values, batch, loss_function)
