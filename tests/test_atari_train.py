@@ -52,8 +52,8 @@ def test_the_learning_rate_goes_to_its_end_in_a_straight_line(tmp_path, monkeypa
         step(optimizer)
 
     monkeypatch.setattr(torch.optim.Adam, "step", watched)
-    run(tmp_path, learning_rate=0.01, learning_rate_end=0.02, batch_size=1, train_frequency=4)
-    steps = np.arange(204, 601, 4) / 600  # a gradient step per 4 transitions after 200, of 600
+    run(tmp_path, learning_rate=0.01, learning_rate_end=0.02, learning_rate_steps=400, batch_size=1, train_frequency=4)
+    steps = np.minimum(np.arange(204, 601, 4), 400) / 400  # a gradient step per 4 transitions after 200, of 600
     assert rates == pytest.approx(0.01 + steps * (0.02 - 0.01))
 
 
@@ -307,12 +307,14 @@ def test_an_evaluation_stacks_its_own_frames_and_explores_at_eval_epsilon(epsilo
     assert together == pytest.approx((epsilon / 2) ** 3 + (1 - epsilon / 2) ** 3, abs=0.1)
 
 
-def test_the_memory_gets_gamma_and_n_of_the_flags(tmp_path, monkeypatch):
-    batches, td_loss = [], dqn_atari.td_loss
-    spy = lambda q, q_next, batch, *rest: batches.append(batch) or td_loss(q, q_next, batch, *rest)  # noqa: E731
+def test_targets_hold_n_rewards_at_first_and_one_later(tmp_path, monkeypatch):
+    discounts, td_loss = [], dqn_atari.td_loss  # gamma^m of each transition drawn
+    spy = lambda q, q_next, batch, *rest: discounts.append(batch.discounts) or td_loss(q, q_next, batch, *rest)  # noqa: E731
     monkeypatch.setattr(dqn_atari, "td_loss", spy)
-    run(tmp_path, gamma=0.5, n_step=3)
-    assert {0.125} <= {discount for batch in batches for discount in batch.discounts.tolist()} <= {0.125, 0.25, 0.5}
+    run(tmp_path, gamma=0.5, n_step=3, n_step_until=400, train_frequency=4)  # a gradient step per 4 from 200 on, of 600
+    three, one = torch.stack(discounts[:50]), torch.stack(discounts[50:])
+    assert {0.125} <= {*three.flatten().tolist()} <= {0.125, 0.25, 0.5}
+    assert one.shape[0] == 50 and {*one.flatten().tolist()} == {0.5}
 
 
 def test_the_metrics_come_every_500_gradient_steps(tmp_path):
