@@ -41,13 +41,14 @@ A training episode is a life; an evaluation plays the whole game. In both the ne
 action 1 is FIRE, actions 1 and 2: the agent never learns to press FIRE, so the evaluation presses it too.
 train/episode_return is still the score of a whole game, unclipped.
 
-Differences from the paper: Adam, its learning rate falling from 2e-4 to 0, instead of RMSProp; three-step returns
-(Hessel et al., "Rainbow", AAAI 2018), which carry a reward back three times as fast; He initialisation, as ReLUs died
-on Pong with PyTorch's; a gradient step every 6 actions instead of 4, so that an hour holds more play; target copies
-every 667 gradient steps instead of 10,000; 10 million transitions instead of 50; epsilon down to 0.01 after 250,000
-instead of 0.1 after 1 million; learning from 20,000 on instead of 50,000; evaluations of whole games at epsilon 0.01,
-not of 5 minutes at 0.05; FIRE pressed for the agent; several games side by side; a bootstrap where a game runs out of
-time; bfloat16 on processors with instructions for it. No double or dueling networks, no prioritised replay.
+Differences from the paper: Adam, its learning rate falling from 2e-4 to 5e-5, instead of RMSProp; for the first million
+transitions three-step returns (Hessel et al., "Rainbow", AAAI 2018), which carry a reward back three times as fast;
+He initialisation, as ReLUs died on Pong with PyTorch's; a gradient step every 6 actions instead of 4, so that an hour
+holds more play; target copies every 667 gradient steps instead of 10,000; 10 million transitions instead of 50; epsilon
+down to 0.01 after 250,000 instead of 0.1 after 1 million; learning from 20,000 on instead of 50,000; evaluations of
+whole games at epsilon 0.01, not of 5 minutes at 0.05; FIRE pressed for the agent; several games side by side; a
+bootstrap where a game runs out of time; bfloat16 on processors with instructions for it. No double or dueling networks,
+no prioritised replay.
 
 Differences from dqn_cartpole.py: AtariGame, PixelEnv and push_frames; a convolutional network; a memory of frames with
 n-step returns, refilled after a resume; target copies; the Huber loss; an epsilon in evaluations; CUDA where there is
