@@ -22,15 +22,15 @@ other environment whose observation is one 84x84 grey frame is learned too (docs
     python dqn_atari.py --resume runs/NAME
     python dqn_atari.py --play runs/NAME/best.pt --render
 
-Breakout on two cores without a GPU, the mean score of the last 100 training games: seed 1 has 79 after an hour, 129 at
-2.3 million transitions, 132 at 3.8; seed 2, on one thread, 63 after an hour; no run had 10 million. With
---total-timesteps 2000000 seed 1 ends at 139, in 2 hours. Pong as above ends after 37, 50 and 42 minutes. All bfloat16.
+Breakout on two cores without a GPU, the mean score of the last 100 training games, seed 1: 88 after an hour, 152 at
+1.78 million transitions; no run had 10 million. Pong as above ends after 50 and 59 minutes (seeds 1 and 2, one thread,
+another training beside). All bfloat16.
 
 Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, seed 1
-    return_mean_100      1.2        21       50       80           (whole games; a random player: about 1.3)
-    evaluation           -          28       52       101          (of 5 games: noisy)
-    loss                 0.003      0.020    0.026    0.045        (medians of the 50,000 before; it has spikes)
-    q_taken              0.2        1.0      2.1      2.8          (the same)
+    return_mean_100      1.2        22       45       84           (whole games; a random player: about 1.3)
+    evaluation           -          30       46       142          (of 5 games: noisy)
+    loss                 0.003      0.018    0.024    0.035        (medians of the 50,000 before; it has spikes)
+    q_taken              0.1        1.1      1.9      2.6          (the same)
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. An Atari game's train/episode_length counts frames, those of no-ops and FIRE too. A memory of a million
