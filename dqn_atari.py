@@ -22,9 +22,9 @@ other environment whose observation is one 84x84 grey frame is learned too (docs
     python dqn_atari.py --resume runs/NAME
     python dqn_atari.py --play runs/NAME/best.pt --render
 
-Breakout on two cores without a GPU, the mean score of the last 100 training games, seed 1: 88 after an hour, 152 at
-1.78 million transitions; no run had 10 million. Pong as above ends after 50 and 59 minutes (seeds 1 and 2, one thread,
-another training beside). All bfloat16.
+Breakout without a GPU, the mean score of the last 100 training games, seed 1: on two cores 88 after an hour, which is a
+million transitions; another run, on one thread, 152 at 1.78 million; no run had 10 million. Pong as above ends after 50
+and 59 minutes (seeds 1 and 2, one thread each). All bfloat16.
 
 Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, seed 1
     return_mean_100      1.2        22       45       84           (whole games; a random player: about 1.3)
@@ -51,9 +51,9 @@ bootstrap where a game runs out of time; bfloat16 on processors with instruction
 no prioritised replay.
 
 Differences from dqn_cartpole.py: AtariGame, PixelEnv and push_frames; a convolutional network; a memory of frames with
-n-step returns, refilled after a resume; target copies; the Huber loss; an epsilon in evaluations; CUDA where there is
-one, else all cores. On a CPU the same seed gives the same parameters with the same versions, kind of processor, number
-of threads and --buffer-size, whose default can depend on the free memory.
+n-step returns; target copies; a learning rate that falls over --learning-rate-steps; the Huber loss; an epsilon in
+evaluations; CUDA where there is one, else all cores. On a CPU the same seed gives the same parameters with the same
+versions, kind of processor, number of threads and --buffer-size (its default depends on free memory).
 """
 
 import argparse
