@@ -314,6 +314,7 @@ def test_targets_hold_n_rewards_at_first_and_one_later(tmp_path, monkeypatch):
     run(tmp_path, gamma=0.5, n_step=3, n_step_until=400, train_frequency=4)  # a gradient step per 4 from 200 on, of 600
     three, one = torch.stack(discounts[:50]), torch.stack(discounts[50:])
     assert {0.125} <= {*three.flatten().tolist()} <= {0.125, 0.25, 0.5}
+    assert (three.min(dim=1).values < 0.5).all()
     assert one.shape[0] == 50 and {*one.flatten().tolist()} == {0.5}
 
 
