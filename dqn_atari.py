@@ -9,7 +9,7 @@
 # ///
 """DQN on Atari: deep Q-learning from pixels (Mnih et al., Nature 518, 2015).
 
-    y = r_1 + ... + gamma^(n-1) * r_n + gamma^n * max_a' Q_target(s_n, a')    the target; a lost life ends the sum
+    y = r_1 + ... + gamma^(n-1) * r_n + gamma^n * max_a' Q_target(s_n, a')    the target; n is 3, and later 1
     L = mean of Huber(y - Q(s, a))                                            the loss, over a minibatch of the memory
 
 The algorithm of dqn_cartpole.py, which is the script to read first, with what pixels ask for: a preprocessing that
@@ -121,7 +121,7 @@ class Args:
     # optimisation
     learning_rate: Positive = 2e-4  # step size of Adam at the start
     learning_rate_end: NonNegative = 5e-5  # step size once the schedule has ended
-    learning_rate_steps: Count = 1_500_000  # transitions over which it falls, in a straight line
+    learning_rate_steps: Count = 1_500_000  # transitions over which the learning rate falls, in a straight line
     optimizer_eps: Positive = 1e-8  # added to what Adam divides by
     loss: Literal["mse", "huber"] = "huber"  # the squared TD error; huber: half of it, linear where it is beyond 1
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the CPU has it, without a GPU
@@ -623,7 +623,7 @@ def train(args: Args) -> dict:
         learning_rate = linear_schedule(
             args.learning_rate, args.learning_rate_end, args.learning_rate_steps, global_step
         )
-        n_step = args.n_step if global_step <= args.n_step_until else 1
+        n_step = args.n_step if global_step <= args.n_step_until else 1  # 3: fast news; 1: no old actions in a target
         optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # eps: a resume restores the old one
         while gradient_steps < (global_step - learning_starts) // args.train_frequency:
             batch = memory.sample(args.batch_size, n_step, args.gamma, device)
