@@ -23,8 +23,8 @@ other environment whose observation is one 84x84 grey frame is learned too (docs
     python dqn_atari.py --play runs/NAME/best.pt --render
 
 Breakout without a GPU, the mean score of the last 100 training games, seed 1: on two cores 88 after an hour, which is a
-million transitions; another run, on one thread, 152 at 1.78 million; no run had 10 million. Pong as above ends after 50
-and 59 minutes (seeds 1 and 2, one thread each). All bfloat16.
+million transitions; another run, on one thread, 152 at 1.78 million; none has run to 10 million. Pong as above ends
+after 49, 58 and 65 minutes (seeds 1 to 3, one thread each). All bfloat16.
 
 Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, seed 1
     return_mean_100      1.2        22       45       84           (whole games; a random player: about 1.3)
@@ -37,8 +37,8 @@ of play. An Atari game's train/episode_length counts frames, those of no-ops and
 transitions takes 7 GB, each game's process 17 MB. Without --checkpoint-memory a resumed run has an empty memory: it
 plays --learning-starts transitions before it learns on (give more than 20,000 to a run that was long).
 
-A training episode is a life; an evaluation plays the whole game. In both the next life begins with one no-op and, where
-action 1 is FIRE, actions 1 and 2: the agent never learns to press FIRE, so the evaluation presses it too.
+A training episode is a life; an evaluation plays the whole game. In both, a life begins with one no-op and, where
+action 1 is FIRE, actions 1 and 2: the agent never learns that FIRE begins a life, so the evaluation presses it too.
 train/episode_return is still the score of a whole game, unclipped.
 
 Differences from the paper: Adam, its learning rate falling from 2e-4 to 5e-5, instead of RMSProp; for the first million
@@ -64,7 +64,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import signal
 import sys
 import time
@@ -81,6 +80,7 @@ import psutil
 import torch
 import torch.nn as nn
 import tyro
+from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -103,13 +103,13 @@ class Args:
     # algorithm
     total_timesteps: Count = 10_000_000  # transitions, summed over the environments; 4 emulator frames each
     learning_starts: Count = 20_000  # transitions before the first gradient step; again after a resume without memory
-    train_frequency: Count = 6  # transitions per gradient step
+    train_frequency: Count = 6  # transitions played per gradient step
     target_frequency: Count = 4_000  # transitions per copy of the network into the target network
     gamma: Fraction = 0.99  # discount per step
-    n_step: Annotated[int, 1, 1_000] = 3  # rewards in a target before the maximum; no off-policy correction
-    n_step_until: Count = 1_000_000  # transitions after which a target holds one reward
+    n_step: Annotated[int, 1, 1_000] = 3  # rewards in a target before the bootstrap; no off-policy correction
+    n_step_until: Count = 1_000_000  # transitions after which n is 1
     buffer_size: Annotated[int | None, 1, 10**9] = None  # frames in the memory (default: 1,000,000 or 0.9 of what fits)
-    batch_size: Count = 32  # transitions per gradient step
+    batch_size: Count = 32  # transitions in a minibatch
     network: Literal["nature", "nips"] = "nature"  # of 2015; or of 2013, a third of the multiplications
     init: Literal["he", "torch"] = "he"  # initial weights: of He et al. 2015; or PyTorch's (on Pong ReLUs died)
 
@@ -124,14 +124,14 @@ class Args:
     learning_rate_steps: Count = 1_500_000  # transitions over which the learning rate falls, in a straight line
     optimizer_eps: Positive = 1e-8  # added to what Adam divides by
     loss: Literal["mse", "huber"] = "huber"  # the squared TD error; huber: half of it, linear where it is beyond 1
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the CPU has it, without a GPU
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a CPU that has it, without a GPU
 
     # environment
     env_id: str = "BreakoutNoFrameskip-v4"  # or ALE/{Game}-v5: sticky actions; or module:Env-v0 with frames of your own
     clip_rewards: bool = True  # learn from the sign of each reward; --no-clip-rewards where sizes matter
     num_envs: Annotated[int, 1, 1_000] = 8  # games that are played side by side
     vec_env: Literal["dummy", "subproc"] = "subproc"  # in this process; or a process each
-    time_limit: Annotated[int | None, -1, 2**28] = None  # steps per game and its no-ops (default: 27,000); -1: no limit
+    time_limit: Annotated[int | None, -1, 2**28] = None  # steps per game, no-ops included (default: its own); -1: none
 
     # evaluation
     eval_every: Count = 250_000  # transitions between evaluations
@@ -145,7 +145,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps; auto is CUDA where there is one, in --play the CPU
     run_dir: str = ""  # where to write the run (default: runs/{env}__{script}__{seed}__{time})
     checkpoint_every: Count = 100_000  # transitions between checkpoints
-    checkpoint_memory: bool = False  # write the replay memory too: 7 GB per million, twice that while writing
+    checkpoint_memory: bool = False  # save the replay memory too: 7 GB of disk per million, twice that while writing
     resume: str = ""  # run directory of a stopped run: go on with it
     play: str = ""  # checkpoint file: evaluate it, without training
     render: bool = False  # with --play: show three games in a window
@@ -165,7 +165,8 @@ def fit_memory(args: Args):
     if limit.exists() and limit.read_text() != "max\n":
         used = int(limit.with_name("memory.stat").read_text().split()[1])  # anon: what is no file's
         free = min(free, int(limit.read_text()) - used)
-    fitting = int(0.9 * free) // (84 * 84 + 8)  # bytes of a transition: its frame, and 8 more; 0.1 is left for the rest
+    # A transition takes a frame and 8 bytes. 0.3 GB are for what else comes, as the games' processes; 0.1 is left over.
+    fitting = max(0, int(0.9 * (free - 3e8))) // (84 * 84 + 8)
     require(args, "buffer_size", (args.buffer_size or 1) <= fitting, f"{fitting:,} transitions fit into free memory")
     if args.buffer_size is None:  # 0.9 of what fits: it has to fit again at a resume, with less memory free
         args.buffer_size = min(1_000_000, math.ceil(0.9 * fitting))
@@ -177,7 +178,7 @@ def fit_memory(args: Args):
 
 
 class AtariGame(gym.Wrapper):
-    """A game as the agent meets it: one 84x84 grey frame and one reward for every 4 emulator frames.
+    """A game as the agent meets it: one 84x84 grey frame and one reward per action, held for 4 emulator frames.
 
     The preprocessing of the Nature paper (Mnih et al., 2015, Methods), in one class so that its order can be read. Four
     frames per action: a reward follows its cause after a quarter as many steps, and things move visibly from one
@@ -201,7 +202,7 @@ class AtariGame(gym.Wrapper):
         self.observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
         self.metadata = {**env.metadata, "render_fps": 15}  # 60 emulator frames per second, 4 per step
         self.score, self.lives, self.game_over = 0, 0, True  # of the current game; the score is raw
-        self.finished: dict | None = None  # statistics of a game that ended and was not yet reported
+        self.info: dict = {}  # of the next step: statistics of a game that has ended since the last one
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         lives = self.lives
@@ -209,12 +210,10 @@ class AtariGame(gym.Wrapper):
         # Begin the next life with the actions of reset() in training. Unlike there, the stack of frames goes on.
         while not self.training and 0 < self.lives < lives:
             lives = self.lives  # in a loop: these actions may lose another
-            for start_action in (0, *self.start_actions):
-                if not self.game_over:
-                    gained, terminated, truncated = self._repeat(start_action)
-                    reward += gained
-        info = {"episode": self.finished} if self.finished else {}
-        self.finished = None
+            for start_action in (0, *self.start_actions):  # where they end the game, the emulator stands still
+                gained, terminated, truncated = self._repeat(start_action)
+                reward += gained
+        info, self.info = self.info, {}
         return self._observe(), float(np.sign(reward) if self.clip else reward), terminated, truncated, info
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
@@ -246,7 +245,7 @@ class AtariGame(gym.Wrapper):
         self.score += reward
         self.game_over = terminated or truncated
         if self.game_over:
-            self.finished = {"r": float(self.score), "l": self.ale.getEpisodeFrameNumber()}
+            self.info = {"episode": {"r": float(self.score), "l": self.ale.getEpisodeFrameNumber()}}
         lives, self.lives = self.lives, self.ale.lives()
         # Only a drop to a positive count is a lost life: some games (BankHeist) show 0 a while before they are over.
         return reward, terminated or (self.training and 0 < self.lives < lives), truncated
@@ -296,9 +295,12 @@ class PixelEnv(gym.Wrapper):
 
     def step(self, action: int):
         obs, reward, terminated, truncated, _ = self.env.step(np.int64(action) + self.env.action_space.start)
-        self.score, self.length = self.score + float(reward), self.length + 1
+        reward = float(reward)
+        self.score, self.length = self.score + reward, self.length + 1
+        if self.clip and reward:
+            reward /= abs(reward)  # its sign; NaN where it is infinite, which stops the run
         info = {"episode": {"r": self.score, "l": self.length}} if terminated or truncated else {}
-        return np.array(obs), float(np.sign(reward) if self.clip else reward), bool(terminated), bool(truncated), info
+        return np.array(obs), reward, bool(terminated), bool(truncated), info
 
 
 def make_env(args: Args, evaluation: bool = False, render_mode: str | None = None, video_dir: Path | None = None):
@@ -335,8 +337,7 @@ def make_worker_env(args: Args, index: int):
         signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
     if os.name == "posix":
         os.setpgrp()
-    for set_seed in (random.seed, np.random.seed):  # no other worker, of this seed or another, gets these numbers
-        set_seed(np.random.SeedSequence((args.seed, index)).generate_state(1).item())
+    set_random_seed(np.random.SeedSequence((args.seed, index)).generate_state(1).item())  # no two workers draw alike
     torch.set_num_threads(1)  # an environment that uses torch would start a thread per core in every worker
     return make_env(args)
 
@@ -344,17 +345,15 @@ def make_worker_env(args: Args, index: int):
 def make_envs(args: Args):
     """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,).
 
-    A VecEnv resets an environment inside the step that ends its episode. What it then returns is the first observation
-    of the next episode; the last one of the ended episode is in infos[i]["terminal_observation"].
-    infos[i]["TimeLimit.truncated"] says, at every step, whether the episode was cut off there without terminating.
+    A VecEnv resets an environment inside the step that ends its episode. That episode's last observation is then in
+    infos[i]["terminal_observation"]. infos[i]["TimeLimit.truncated"] says, at every step, whether it was only cut off.
     """
     make_env(args).close()  # an environment that fails is reported once, not by every worker
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
     if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
-    others = multiprocessing.active_children()  # the workers made here are killed at exit: they ignore one SIGTERM
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p not in others])
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # they ignore a SIGTERM
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
     except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
@@ -414,14 +413,14 @@ class QNetwork(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Flatten(), hidden, nn.ReLU()).to(memory_format=torch.channels_last)
         self.head = nn.Linear(hidden.out_features, action_space.n)
         if args.init == "he":
-            # He et al. (ICCV 2015). With PyTorch's weights a layer and its ReLU keep a sixth of the squared difference
-            # between two inputs; with these all of it, so that a small ball still shows at the head.
+            # He et al. (ICCV 2015): two screens that differ by a small ball still differ at the head. With PyTorch's
+            # weights a layer and its ReLU keep only a sixth of the squared difference between two similar inputs.
             for layer in (*convolutions, hidden):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        # The only place where pixels are scaled: in place, as a second array would cost more, but never the caller's.
+        # Pixels are scaled only here: in place, as a second array would cost more, on a copy, to spare the caller's.
         pixels = obs.to(self.precision, copy=True).div_(255.0)
         with torch.autocast(obs.device.type, self.precision, enabled=self.precision != torch.float32):
             features = self.layers(pixels)
@@ -433,14 +432,14 @@ class QNetwork(nn.Module):
 
 
 class Batch(NamedTuple):
-    """B transitions, or B chains of m <= n_step of them: obs and actions are of the first, next_obs of the last."""
+    """B transitions, or chains of m <= n_step: obs and actions of the first, next_obs and terminated of the last."""
 
     obs: torch.Tensor  # (B, 4, 84, 84) uint8
     actions: torch.Tensor  # (B,)
     rewards: torch.Tensor  # (B,): r_t + gamma * r_(t+1) + ... over the m transitions
     next_obs: torch.Tensor  # (B, 4, 84, 84) uint8: m steps later
     terminated: torch.Tensor  # (B,), 1.0 or 0.0; 0.0 also where only time ran out
-    discounts: torch.Tensor  # (B,): gamma^m, which weighs the bootstrap
+    discounts: torch.Tensor  # (B,): gamma^m, which multiplies the bootstrap
 
 
 class ReplayMemory:
@@ -503,8 +502,7 @@ class ReplayMemory:
             index[rejected] = torch.randint(self.filled, (rejected.size,)).numpy()
 
         last, discounts, rewards = index, np.full(batch_size, gamma, np.float32), arrays["rewards"][index]
-        # One transition further, while the next slot is drawable: the end of an episode is not, nor the newest frame.
-        # (A chain meets the newest before the 3 oldest, which are not drawable either.)
+        # Go on while the next slot is drawable: an episode's end is not, nor the newest, which precedes the 3 oldest.
         for _ in range(n_step - 1):
             following = (last + self.num_envs) % self.capacity
             follows = arrays["drawable"][following]
@@ -519,12 +517,12 @@ class ReplayMemory:
 
     def stacks(self, index: np.ndarray) -> np.ndarray:
         """Return the observations of these indices as push_frames stacks them: (B,) -> (B, 4, 84, 84)."""
-        window = (index[:, None] + self.num_envs * np.arange(-3, 1)) % self.capacity  # (B, 4): slots t-3 .. t
-        frames = self.arrays["frames"][window.T]  # (4, B, 84, 84)
+        window = (index + self.num_envs * np.arange(-3, 1)[:, None]) % self.capacity  # (4, B): slots t-3 .. t
+        frames = self.arrays["frames"][window]  # (4, B, 84, 84)
         # Zero what lies before the start of the episode: frame t-j where an episode starts at any of t-j+1 .. t.
-        starts = self.arrays["starts"][window[:, :0:-1]]  # (B, 3): does one start at t, t-1, t-2?
-        before = np.logical_or.accumulate(starts, axis=1)  # (B, 3): is t-1, t-2, t-3 of an earlier one?
-        frames[2::-1][before.T] = 0
+        starts = self.arrays["starts"][window[:0:-1]]  # (3, B): does one start at t, t-1, t-2?
+        before = np.logical_or.accumulate(starts)  # (3, B): is t-1, t-2, t-3 of an earlier one?
+        frames[2::-1][before] = 0
         # The convolutions want the four values of a pixel side by side (channels last). Interleaved here, bytes are
         # moved once; else the first layer would rearrange floats, in both networks and in the backward pass.
         pixels = cv2.merge(list(frames.reshape(4, -1, 84)))  # (B * 84, 84, 4)
@@ -577,10 +575,9 @@ def train(args: Args) -> dict:
     """Train from the start, or from where args.resume stopped (with args, not the saved flags); return result.json."""
     device = select_device(args.device, auto="cuda" if torch.cuda.is_available() else "cpu")
     fit_memory(args)
-    for set_seed in (torch.manual_seed, random.seed, np.random.seed):
-        set_seed(args.seed)
-    # Where gradients cease, Adam's means shrink to denormal numbers, with which its step takes nearly twice as long; as
-    # zeros they cost nothing. Set before torch starts its threads, so that each of them inherits it.
+    set_random_seed(args.seed)  # torch's, and those of random and np.random
+    # Where gradients cease, Adam's moments shrink to denormal numbers, with which its step takes nearly twice as long;
+    # as zeros they cost nothing. Set before torch starts its threads, so that each of them inherits it.
     torch.set_flush_denormal(True)
     # Below 2^30, so that what is added stays below 2^31: some environments hand their seed to a C int.
     train_seed, eval_seed, final_seed = (int(s) % 2**30 for s in np.random.SeedSequence(args.seed).generate_state(3))
@@ -594,11 +591,11 @@ def train(args: Args) -> dict:
     loss = torch.zeros(())  # until the first gradient step
     kept = {"memory": memory} if args.checkpoint_memory else {}
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, **kept)
-    global_step, gradient_steps = (run.counts.get(name, 0) for name in ("global_step", "gradient_steps"))
+    global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
     # After a resume: such that no gradient step is owed, even if --train-frequency has changed.
     learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
     if args.resume and not args.checkpoint_memory:  # the memory is empty: as many transitions again before learning
-        learning_starts += args.learning_starts if gradient_steps else global_step
+        learning_starts = global_step - gradient_steps * args.train_frequency + args.learning_starts
         tqdm.write(f"no learning until {args.learning_starts:,} transitions have refilled the replay memory")
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     frames = envs.reset()
@@ -623,7 +620,7 @@ def train(args: Args) -> dict:
         learning_rate = linear_schedule(
             args.learning_rate, args.learning_rate_end, args.learning_rate_steps, global_step
         )
-        n_step = args.n_step if global_step <= args.n_step_until else 1  # 3: fast news; 1: no old actions in a target
+        n_step = args.n_step if global_step <= args.n_step_until else 1  # more is faster; 1 has no off-policy error
         optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # eps: a resume restores the old one
         while gradient_steps < (global_step - learning_starts) // args.train_frequency:
             batch = memory.sample(args.batch_size, n_step, args.gamma, device)
@@ -673,7 +670,6 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
     """Play num_episodes whole games at eval_epsilon, num_envs side by side; return their scores, unclipped.
 
     How many each environment plays is fixed beforehand: the first N games to end would be the short ones.
-    Environment i gets seed + i; env_options (render_mode, video_dir) go to make_env.
     """
     n, device = min(args.num_envs, num_episodes), next(network.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -711,13 +707,12 @@ def require(args, name: str, condition, remedy: str):
 def check_args(args):
     """Refuse what cannot work before anything is created; tyro prints the message and exits with status 2."""
     for name, kind in get_type_hints(type(args), include_extras=True).items():
-        value, (low, high) = getattr(args, name), getattr(kind, "__metadata__", (-math.inf, math.inf))
+        value, (low, high) = getattr(args, name), getattr(kind, "__metadata__", (-np.inf, np.inf))
         if type(value) in (int, float):
             require(args, name, low <= value <= high, f"give a number from {low} to {high}")
         require(args, name, get_origin(kind) is not Literal or value in get_args(kind), f"give one of {get_args(kind)}")
     require(args, "time_limit", args.time_limit != 0, "give a number of steps, or -1 for no limit")
-    other = args.play or args.run_dir not in ("", args.resume)
-    require(args, "resume", not (args.resume and other), "give it without --play and --run-dir")
+    require(args, "resume", not (args.resume and (args.play or args.run_dir)), "give it without --play and --run-dir")
     require(args, "track", args.track == "none" or importlib.util.find_spec(args.track), "pip install it first")
     screen = sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
     require(args, "render", not args.render or (args.play and screen), "needs --play CHECKPOINT and a screen")
@@ -729,7 +724,7 @@ def check_drawing(args):
         if getattr(args, flag):
             with make_env(args) as env:
                 known = {mode, "rgb_array"} & {*(env.metadata.get("render_modes") or ())}  # for "human", either will do
-            with make_env(args, render_mode=mode if known else None) as env:
+            with make_env(args, **({"render_mode": mode} if known else {})) as env:
                 env.reset(seed=0)
                 drawn = known and env.render_mode and (mode == "human" or np.ndim(env.render()) == 3)
             require(args, flag, drawn, "this environment cannot draw itself, or does not keep its render_mode")
@@ -765,7 +760,7 @@ class Run:
 
     def __init__(self, args, envs, network: nn.Module, **parts):
         self.args, self.envs, self.network, self.parts = args, envs, network, {"network": network, **parts}
-        self.counts, self.latest = {"global_step": 0}, {}  # counters as of the last tick; the last training metrics
+        self.counts, self.latest = {"global_step": 0, "gradient_steps": 0}, {}  # as of the last tick; the last metrics
         self.record = {"evaluations": [], "returns": [], "seconds": 0.0, "csv_size": 0}
         name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
         self.dir = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
@@ -809,7 +804,7 @@ class Run:
 
     def mean_return(self, at_least: int = 1) -> float:
         """Return the mean return of the last 100 training episodes; -inf where fewer than at_least have ended."""
-        return float(np.mean(self.record["returns"])) if len(self.record["returns"]) >= at_least else -math.inf
+        return float(np.mean(self.record["returns"])) if len(self.record["returns"]) >= at_least else -np.inf
 
     def check(self, global_step: int, **values):
         """End the run at the step at which one of these is NaN or infinite; the last checkpoint is from before."""

@@ -42,7 +42,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import signal
 import sys
 import time
@@ -56,6 +55,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import tyro
+from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -145,12 +145,15 @@ class VectorEnv(gym.Wrapper):
             raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; {needs}")
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(space),), np.float32)
         self.action_space = actions if continuous else gym.spaces.Discrete(int(actions.n))
+        # flatten would cut off the fractions that a uint8 Box may hold.
+        vector = partial(np.reshape, shape=self.observation_space.shape)
+        self.flatten = vector if isinstance(space, gym.spaces.Box) else partial(gym.spaces.flatten, space)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         if seed is not None:  # reset does not seed the spaces, from which some environments draw
             self.env.observation_space.seed(seed)
             self.env.action_space.seed(seed)
-        return self.vector(self.env.reset(seed=seed, options=options)[0]), {}
+        return np.array(self.flatten(self.env.reset(seed=seed, options=options)[0]), np.float32), {}
 
     def step(self, action: int | list[float]):
         space = self.env.action_space
@@ -159,17 +162,11 @@ class VectorEnv(gym.Wrapper):
         else:  # clipped only here, not in the rollout: the gradient needs the action that was drawn
             action = np.clip(action, space.low, space.high).astype(space.dtype)
         obs, reward, terminated, truncated, _ = self.env.step(action)
-        return self.vector(obs), float(reward), bool(terminated), bool(truncated), {}
-
-    def vector(self, obs) -> np.ndarray:
-        if not isinstance(self.env.observation_space, gym.spaces.Box):
-            obs = gym.spaces.flatten(self.env.observation_space, obs)
-        return np.array(obs, np.float32).reshape(self.observation_space.shape)
+        return np.array(self.flatten(obs), np.float32), float(reward), bool(terminated), bool(truncated), {}
 
 
-def make_env(args: Args, evaluation: bool = False, render_mode: str | None = None, video_dir: Path | None = None):
+def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None, **options):
     """Return one environment; its info holds {"episode": {"r": return, "l": length}} where an episode ended."""
-    options = {"render_mode": render_mode} if render_mode else {}  # not every environment takes one
     try:
         env = gym.make(args.env_id, max_episode_steps=args.time_limit, **options)
     except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
@@ -188,8 +185,7 @@ def make_worker_env(args: Args, index: int):
         signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
     if os.name == "posix":
         os.setpgrp()
-    for set_seed in (random.seed, np.random.seed):  # no other worker, of this seed or another, gets these numbers
-        set_seed(np.random.SeedSequence((args.seed, index)).generate_state(1).item())
+    set_random_seed(np.random.SeedSequence((args.seed, index)).generate_state(1).item())  # no two workers draw alike
     torch.set_num_threads(1)  # an environment that uses torch would start a thread per core in every worker
     return make_env(args)
 
@@ -197,17 +193,15 @@ def make_worker_env(args: Args, index: int):
 def make_envs(args: Args):
     """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,).
 
-    A VecEnv resets an environment inside the step that ends its episode. What it then returns is the first observation
-    of the next episode; the last one of the ended episode is in infos[i]["terminal_observation"].
-    infos[i]["TimeLimit.truncated"] says, at every step, whether the episode was cut off there without terminating.
+    A VecEnv resets an environment inside the step that ends its episode. That episode's last observation is then in
+    infos[i]["terminal_observation"]. infos[i]["TimeLimit.truncated"] says, at every step, whether it was only cut off.
     """
     make_env(args).close()  # an environment that fails is reported once, not by every worker
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
     if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
-    others = multiprocessing.active_children()  # the workers made here are killed at exit: they ignore one SIGTERM
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p not in others])
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # they ignore a SIGTERM
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
     except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
@@ -344,8 +338,7 @@ def train(args: Args) -> dict:
     """Train from the start, or from where args.resume stopped (with args, not the saved flags); return result.json."""
     device = select_device(args.device, auto="cpu")
     torch.set_num_threads(1)  # so small a network is faster on one core than on several
-    for set_seed in (torch.manual_seed, random.seed, np.random.seed):  # many environments draw from the last two
-        set_seed(args.seed)
+    set_random_seed(args.seed)  # torch's; random's and np.random's too, from which many environments draw
     # Below 2^30, so that what is added stays below 2^31: some environments hand their seed to a C int.
     train_seed, eval_seed, final_seed = (int(s) % 2**30 for s in np.random.SeedSequence(args.seed).generate_state(3))
 
@@ -354,7 +347,7 @@ def train(args: Args) -> dict:
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, eps=args.optimizer_eps, fused=True)
     rollout = Rollout(args.num_steps, args.num_envs, envs.observation_space.shape[0], envs.action_space)
     run = Run(args, envs, network, optimizer=optimizer)
-    global_step, gradient_steps = (run.counts.get(name, 0) for name in ("global_step", "gradient_steps"))
+    global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     rollout.obs[-1] = envs.reset()
 
@@ -429,7 +422,6 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
     """Play num_episodes greedily, num_envs side by side; return their returns, (num_episodes,).
 
     How many each environment plays is fixed beforehand: the first N to end would be the shorter ones.
-    Environment i gets seed + i; env_options (render_mode, video_dir) go to make_env.
     """
     n, device = min(args.num_envs, num_episodes), next(network.parameters()).device
     envs = DummyVecEnv([partial(make_env, args, evaluation=True, **env_options)] * n)
@@ -461,13 +453,12 @@ def require(args, name: str, condition, remedy: str):
 def check_args(args):
     """Refuse what cannot work before anything is created; tyro prints the message and exits with status 2."""
     for name, kind in get_type_hints(type(args), include_extras=True).items():
-        value, (low, high) = getattr(args, name), getattr(kind, "__metadata__", (-math.inf, math.inf))
+        value, (low, high) = getattr(args, name), getattr(kind, "__metadata__", (-np.inf, np.inf))
         if type(value) in (int, float):
             require(args, name, low <= value <= high, f"give a number from {low} to {high}")
         require(args, name, get_origin(kind) is not Literal or value in get_args(kind), f"give one of {get_args(kind)}")
     require(args, "time_limit", args.time_limit != 0, "give a number of steps, or -1 for no limit")
-    other = args.play or args.run_dir not in ("", args.resume)
-    require(args, "resume", not (args.resume and other), "give it without --play and --run-dir")
+    require(args, "resume", not (args.resume and (args.play or args.run_dir)), "give it without --play and --run-dir")
     require(args, "track", args.track == "none" or importlib.util.find_spec(args.track), "pip install it first")
     screen = sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
     require(args, "render", not args.render or (args.play and screen), "needs --play CHECKPOINT and a screen")
@@ -479,7 +470,7 @@ def check_drawing(args):
         if getattr(args, flag):
             with make_env(args) as env:
                 known = {mode, "rgb_array"} & {*(env.metadata.get("render_modes") or ())}  # for "human", either will do
-            with make_env(args, render_mode=mode if known else None) as env:
+            with make_env(args, **({"render_mode": mode} if known else {})) as env:
                 env.reset(seed=0)
                 drawn = known and env.render_mode and (mode == "human" or np.ndim(env.render()) == 3)
             require(args, flag, drawn, "this environment cannot draw itself, or does not keep its render_mode")
@@ -515,7 +506,7 @@ class Run:
 
     def __init__(self, args, envs, network: nn.Module, **parts):
         self.args, self.envs, self.network, self.parts = args, envs, network, {"network": network, **parts}
-        self.counts, self.latest = {"global_step": 0}, {}  # counters as of the last tick; the last training metrics
+        self.counts, self.latest = {"global_step": 0, "gradient_steps": 0}, {}  # as of the last tick; the last metrics
         self.record = {"evaluations": [], "returns": [], "seconds": 0.0, "csv_size": 0}
         name = f"{args.env_id}__{SCRIPT}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
         self.dir = Path(args.resume or args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
@@ -559,7 +550,7 @@ class Run:
 
     def mean_return(self, at_least: int = 1) -> float:
         """Return the mean return of the last 100 training episodes; -inf where fewer than at_least have ended."""
-        return float(np.mean(self.record["returns"])) if len(self.record["returns"]) >= at_least else -math.inf
+        return float(np.mean(self.record["returns"])) if len(self.record["returns"]) >= at_least else -np.inf
 
     def check(self, global_step: int, **values):
         """End the run at the step at which one of these is NaN or infinite; the last checkpoint is from before."""

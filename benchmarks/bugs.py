@@ -124,7 +124,7 @@ BUGS = [
         "stacks[ended] = 0", "pass", None),
     Bug("stack-crosses-episodes", ATARI, "test_atari_memory.py::test_equals_a_memory_of_whole_stacks[0.6-1-7]",
         "the memory stores single frames, and builds stacks across the start of an episode",
-        "frames[2::-1][before.T] = 0", "pass", None),
+        "frames[2::-1][before] = 0", "pass", None),
     Bug("next-slot-is-next-obs", ATARI,
         "test_atari_memory.py::test_next_obs_of_an_ended_episode_is_its_last_observation",
         "`next_obs` is read from the next slot of the memory: after an end, the first frame of the next episode",

@@ -184,12 +184,27 @@ def test_an_evaluation_presses_fire_again_where_a_life_is_lost_as_it_begins(monk
     assert pressed == [3, 0, 1, 2, 0, 1, 2]
 
 
-def test_a_game_that_ends_inside_reset_is_reported_once():
+def test_a_game_whose_time_runs_out_while_a_life_begins_ends_in_that_step():
+    env = make_env(arguments(), evaluation=True)
+    env.reset(seed=3)
+    while env.lives == 5:
+        env.step(0)
+    lost = env.unwrapped.ale.getEpisodeFrameNumber() - 12  # without the no-op, FIRE and a direction
+    for held in (1, 2, 3):
+        env = make_env(arguments(time_limit=lost // 4 + held), evaluation=True)
+        env.reset(seed=3)
+        while env.lives == 5:
+            _, _, terminated, truncated, info = env.step(0)
+        assert (terminated, truncated) == (False, True) and info["episode"]["l"] == 4 * (lost // 4 + held)
+
+
+@pytest.mark.parametrize("held", [1, 2], ids=["no-op", "FIRE"])
+def test_a_game_that_ends_inside_reset_is_reported_once(held):
     env = make_env(arguments())
     env.reset(seed=3)
     play_until(env, lambda terminated, truncated, info: terminated)
     frame = env.unwrapped.ale.getEpisodeFrameNumber()
-    env = make_env(arguments(time_limit=frame // 4 + 1))  # runs out within the no-op that follows the lost life
+    env = make_env(arguments(time_limit=frame // 4 + held))  # runs out within what follows the lost life
     env.reset(seed=3)
     info = play_until(env, lambda terminated, truncated, info: terminated)
     assert "episode" not in info and not env.unwrapped.ale.game_over()
@@ -197,7 +212,7 @@ def test_a_game_that_ends_inside_reset_is_reported_once():
     assert env.unwrapped.ale.getEpisodeFrameNumber() < 40  # a new game
     infos = [env.step(0)[-1] for _ in range(5)]
     assert ["episode" in info for info in infos] == [True, False, False, False, False]
-    assert infos[0]["episode"]["l"] == 4 * (frame // 4 + 1)
+    assert infos[0]["episode"]["l"] == 4 * (frame // 4 + held)
 
 
 def test_a_lost_life_does_not_reset_the_game_but_a_seed_does():
@@ -224,9 +239,6 @@ def test_time_limit():
         n: make_env(arguments(time_limit=n)).unwrapped.ale.getInt("max_num_frames_per_episode") for n in [None, 50, -1]
     }
     assert limits == {None: 108_000, 50: 200, -1: 0}
-    env = make_env(arguments("PongNoFrameskip-v4", time_limit=-1))
-    env.reset(seed=0)
-    assert not any(env.step(0)[3] for _ in range(100))
 
 
 def test_observations_do_not_share_memory():
@@ -271,8 +283,9 @@ def test_frames_of_another_environment_take_a_time_limit_and_a_seed_for_their_sp
     env, drawn = make_env(arguments("toy_envs:EndlessSquares-v0", time_limit=3)), []
     for _ in range(2):
         env.reset(seed=5)
-        drawn.append([env.unwrapped.action_space.sample() for _ in range(20)])
-    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 2
+        actions, frames = env.unwrapped.action_space, env.unwrapped.observation_space
+        drawn.append([(actions.sample(), frames.sample()[0, 0]) for _ in range(20)])
+    assert drawn[0] == drawn[1] and len({action for action, _ in drawn[0]}) == 2
     ends = [env.step(0)[3:] for _ in range(3)]
     assert [truncated for truncated, _ in ends] == [False, False, True] and ends[2][1]["episode"]["l"] == 3
 

@@ -217,6 +217,7 @@ def test_state_dict(num_steps):
     for _ in range(30):
         run.step()
         check(run)
+        check(run, 3)
 
 
 # --- What the training loop feeds to it ---

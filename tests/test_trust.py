@@ -628,7 +628,10 @@ ANY = {
     "learning never starts": (["--learning-starts", 900, "--total-timesteps", 500], "--learning-starts 900"),
 }
 OWN = {
-    "dqn_atari": {"not an Atari game": (["--env-id", "CartPole-v1"], "--env-id CartPole-v1")},
+    "dqn_atari": {
+        "not an Atari game": (["--env-id", "CartPole-v1"], "--env-id CartPole-v1"),
+        "learning before there is a transition": (["--learning-starts", 4], "--learning-starts 4"),
+    },
     "dqn_lstm_cartpole": {"no loss": (["--burn-in", 9, "--sequence-length", 8], "--burn-in 9")},
     "ppo_cartpole": {"minibatches that do not divide": (["--num-minibatches", 7], "--num-minibatches 7")},
 }
