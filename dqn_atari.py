@@ -122,8 +122,8 @@ class Args:
     learning_rate: Positive = 2e-4  # step size of Adam at the start
     learning_rate_end: NonNegative = 5e-5  # step size once the schedule has ended
     learning_rate_steps: Count = 1_500_000  # transitions over which the learning rate falls, in a straight line
-    optimizer_eps: Positive = 1e-8  # added to what Adam divides by
-    loss: Literal["mse", "huber"] = "huber"  # the squared TD error; huber: half of it, linear where it is beyond 1
+    optimizer_eps: Positive = 1e-8  # Adam's epsilon: added to the denominator of its step
+    loss: Literal["mse", "huber"] = "huber"  # squared TD error; huber: half of it, but linear for errors beyond 1
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a CPU that has it, without a GPU
 
     # environment
@@ -137,8 +137,8 @@ class Args:
     eval_every: Count = 250_000  # transitions between evaluations
     eval_episodes: Count = 5  # whole games per evaluation
     eval_epsilon: Fraction = 0.01  # probability of a random action in evaluations; with 0 a game may go in circles
-    final_eval_episodes: Count = 30  # whole games at the end, on other seeds than those that best.pt was chosen by
-    target_return: Annotated[float, -1e9, 1e9] = 1e9  # end the run once the last 100 training games reach this mean
+    final_eval_episodes: Count = 30  # whole games at the end; other seeds than those that chose best.pt
+    target_return: Annotated[float, -1e9, 1e9] = 1e9  # stop once the last 100 training games have this mean score
 
     # run
     seed: Annotated[int, 0, 2**30] = 1  # of the network, exploration, replay memory and environments
@@ -288,7 +288,7 @@ class PixelEnv(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.score, self.length = 0.0, 0
-        if seed is not None:  # reset does not seed the spaces, from which some environments draw
+        if seed is not None:  # reset seeds no spaces, but some environments draw from theirs
             self.env.observation_space.seed(seed)
             self.env.action_space.seed(seed)
         return np.array(self.env.reset(seed=seed, options=options)[0]), {}
@@ -327,13 +327,13 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
     clip = args.clip_rewards and not evaluation
     env = AtariGame(env, not evaluation, clip) if atari else PixelEnv(env, clip)
     if video_dir is not None:
-        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)
+        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)  # frames
     return env
 
 
 def make_worker_env(args: Args, index: int):
     """make_env in a worker process. Ctrl-C and schedulers signal all processes; only the main one is to see it."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first is ignored; not SIG_IGN: child processes would keep it
+    for number in (signal.SIGINT, signal.SIGTERM):  # ignore the first; child processes would inherit SIG_IGN
         signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
     if os.name == "posix":
         os.setpgrp()
@@ -353,7 +353,7 @@ def make_envs(args: Args):
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
     if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # they ignore a SIGTERM
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # workers ignore SIGTERM
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
     except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
@@ -373,7 +373,7 @@ def push_frames(stacks: np.ndarray, frames: np.ndarray, ended: np.ndarray):
 
 
 def select_device(name: str, auto: str) -> torch.device:
-    """Return the device of that name; what `auto` stands for is the script's choice."""
+    """Return the device of that name; for "auto", the one that the script prefers."""
     try:
         return torch.zeros(1, device=auto if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
@@ -554,7 +554,7 @@ def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, l
 
     With n-step returns r is the sum of m <= n discounted rewards, s' is m steps later, and gamma^m takes the place of
     gamma (batch.discounts). The actions in between are those of old networks, or random, and nothing corrects for it.
-    q_values: Q(s, .), (B, A). next_q_values: Q_target(s', .), (B, A), without gradient: only Q(s, a) is to move.
+    q_values: Q(s, .), (B, A). next_q_values: Q_target(s', .), (B, A), without gradient: only Q(s, a) is trained.
     """
     q_taken = q_values.gather(1, batch.actions.unsqueeze(1)).squeeze(1)  # (B, A) -> (B,)
     next_q_max = next_q_values.max(dim=1).values  # (B, A) -> (B,)
@@ -572,15 +572,15 @@ def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
 
 
 def train(args: Args) -> dict:
-    """Train from the start, or from where args.resume stopped (with args, not the saved flags); return result.json."""
+    """Train from the start, or go on from args.resume (with these args, not the saved ones); return the results."""
     device = select_device(args.device, auto="cuda" if torch.cuda.is_available() else "cpu")
     fit_memory(args)
-    set_random_seed(args.seed)  # torch's, and those of random and np.random
+    set_random_seed(args.seed)  # seeds torch, random and np.random
     # Where gradients cease, Adam's moments shrink to denormal numbers, with which its step takes nearly twice as long;
     # as zeros they cost nothing. Set before torch starts its threads, so that each of them inherits it.
     torch.set_flush_denormal(True)
-    # Below 2^30, so that what is added stays below 2^31: some environments hand their seed to a C int.
-    train_seed, eval_seed, final_seed = (int(s) % 2**30 for s in np.random.SeedSequence(args.seed).generate_state(3))
+    # Below 2^30, so that seed + global_step and seed + i fit the 32-bit int that some environments use.
+    train_seed, eval_seed, final_seed = (np.random.SeedSequence(args.seed).generate_state(3) % 2**30).tolist()
 
     envs = make_envs(args)
     q_network = QNetwork(envs.observation_space, envs.action_space, args).to(device)
@@ -592,7 +592,7 @@ def train(args: Args) -> dict:
     kept = {"memory": memory} if args.checkpoint_memory else {}
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, **kept)
     global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
-    # After a resume: such that no gradient step is owed, even if --train-frequency has changed.
+    # After a resume, count on from here: no gradient steps to catch up on, whatever --train-frequency is now.
     learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
     if args.resume and not args.checkpoint_memory:  # the memory is empty: as many transitions again before learning
         learning_starts = global_step - gradient_steps * args.train_frequency + args.learning_starts
@@ -621,7 +621,7 @@ def train(args: Args) -> dict:
             args.learning_rate, args.learning_rate_end, args.learning_rate_steps, global_step
         )
         n_step = args.n_step if global_step <= args.n_step_until else 1  # more is faster; 1 has no off-policy error
-        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # eps: a resume restores the old one
+        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # a resume loads the old ones
         while gradient_steps < (global_step - learning_starts) // args.train_frequency:
             batch = memory.sample(args.batch_size, n_step, args.gamma, device)
             with torch.no_grad():
@@ -632,24 +632,24 @@ def train(args: Args) -> dict:
             optimizer.step()
             gradient_steps += 1
 
-            # Update the target each time gradient_steps * train_frequency crosses a multiple of target_frequency.
-            if gradient_steps * args.train_frequency % args.target_frequency < args.train_frequency:
+            # Update the target once per target_frequency transitions (at most once per gradient step).
+            if (gradient_steps * args.train_frequency) % args.target_frequency < args.train_frequency:
                 target_network.load_state_dict(q_network.state_dict())
 
             if gradient_steps % 500 == 0:
                 metrics = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
                 run.log(global_step, "train", **metrics, epsilon=epsilon, learning_rate=learning_rate)
 
-        # Receive. Where an episode ended, its frame is the first of the next; what the action led to is in the info.
+        # Receive. Where an episode ended, its frame is the first of the next episode; its own last one is in the info.
         frames, rewards, dones, infos = envs.step_wait()
         next_frames = frames.copy()
         for i in np.flatnonzero(dones):
             next_frames[i] = infos[i]["terminal_observation"]
 
-        # Store. Only termination masks the bootstrap: where time ran out (truncated), rewards would have followed.
+        # Store. Only a termination drops the bootstrap: where time ran out (truncated), rewards would have followed.
         truncated = np.array([info["TimeLimit.truncated"] for info in infos])
         terminated = dones & ~truncated
-        run.check(global_step, reward=rewards, loss=loss)
+        run.check(global_step, reward=rewards, loss=loss.item())
         memory.add(actions, rewards, next_frames, terminated, dones, frames)
         push_frames(stacks, frames, ended=dones)
         run.log_episodes(global_step, infos)  # of whole games, with their raw scores
@@ -669,7 +669,7 @@ def train(args: Args) -> dict:
 def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env_options) -> np.ndarray:
     """Play num_episodes whole games at eval_epsilon, num_envs side by side; return their scores, unclipped.
 
-    How many each environment plays is fixed beforehand: the first N games to end would be the short ones.
+    How many each environment plays is fixed beforehand: the first N games to end would be mostly short ones.
     """
     n, device = min(args.num_envs, num_episodes), next(network.parameters()).device
     generator = torch.Generator().manual_seed(seed)
@@ -692,7 +692,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 
 # ######################################################################################################################
-# The algorithm ends here. What follows is the same in every script and holds no reinforcement learning.
+# The algorithm ends here. What follows holds no reinforcement learning, and is the same in every script.
 
 
 class UsageError(ValueError):
@@ -723,7 +723,7 @@ def check_drawing(args):
     for flag, mode in (("video", "rgb_array"), ("render", "human")):
         if getattr(args, flag):
             with make_env(args) as env:
-                known = {mode, "rgb_array"} & {*(env.metadata.get("render_modes") or ())}  # for "human", either will do
+                known = {mode, "rgb_array"}.intersection(env.metadata.get("render_modes") or ())  # either, for "human"
             with make_env(args, **({"render_mode": mode} if known else {})) as env:
                 env.reset(seed=0)
                 drawn = known and env.render_mode and (mode == "human" or np.ndim(env.render()) == 3)
@@ -809,7 +809,7 @@ class Run:
     def check(self, global_step: int, **values):
         """End the run at the step at which one of these is NaN or infinite; the last checkpoint is from before."""
         for name, value in values.items():
-            if not np.isfinite(value.item() if isinstance(value, torch.Tensor) else value).all():
+            if not np.isfinite(value).all():
                 raise SystemExit(f"{SCRIPT}: the {name} is not finite at step {global_step:,}")  # status 1
 
     def evaluate(self, global_step: int, seed: int):
@@ -819,7 +819,7 @@ class Run:
         mean, seconds = float(returns.mean()), now - self.started
         self.log(global_step, "eval", return_mean=mean, return_min=float(returns.min()))
         self.record["evaluations"].append([global_step, mean, seconds])
-        if not any(earlier > mean for _, earlier, _ in self.record["evaluations"]):
+        if all(mean >= earlier for _, earlier, _ in self.record["evaluations"]):
             save_checkpoint(self.dir / "best.pt", network=self.network, args=asdict(self.args))
         shown = [f"{name} {value:.3g}" for name, value in self.latest.items()][:4]
         tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
@@ -840,7 +840,7 @@ class Run:
     def save(self):
         """Write last.pt: all that --resume needs; the environments begin new episodes then."""
         now = time.perf_counter()
-        self.check(self.counts["global_step"], network=sum(p.detach().sum() for p in self.network.parameters()))
+        self.check(self.counts["global_step"], network=sum(p.detach().sum() for p in self.network.parameters()).item())
         self.tensorboard.flush()
         self.record |= {"csv_size": self.csv.tell(), "seconds": now - self.started}
         about = {"args": asdict(self.args), "counts": self.counts, "record": self.record}

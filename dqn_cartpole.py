@@ -11,8 +11,8 @@
     y = r + gamma * max_a' Q_target(s', a')    the target; y = r where the episode terminated
     L = mean of (y - Q(s, a))^2                the loss, over a minibatch from the replay memory
 
-A network learns Q(s, a): the discounted sum of rewards to expect after action a in state s and the best actions from
-then on. The target uses its own estimates, so learning is unstable. Two things help: minibatches are drawn at random
+A network learns Q(s, a): the discounted sum of rewards to expect after action a in state s, if the best actions follow.
+The target uses the network's own estimates, so learning is unstable. Two things help: minibatches are drawn at random
 from a memory of transitions (s, a, r, s'), which mixes many episodes; and Q_target is a copy that lags behind.
 
     python dqn_cartpole.py
@@ -31,8 +31,8 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of 20 seeds
 
 Differences from the paper: vectors and a small network instead of pixels; Adam instead of RMSProp, with a learning rate
 that falls to 0; squared errors, not clipped (--loss huber clips); a target network that follows slowly instead of by
-copies; epsilon stays at 0.2, so that the memory goes on seeing how the pole falls; 8 environments side by side, whose
-actions are chosen in one forward pass; where only time ran out, the target still bootstraps.
+copies; epsilon stays at 0.2, so that the memory goes on getting falls of the pole; 8 environments side by side, whose
+actions are chosen in one forward pass; where only time ran out, the target keeps the value of s'.
 """
 
 import argparse
@@ -79,7 +79,7 @@ class Args:
     learning_starts: Count = 1_000  # transitions before the first gradient step
     train_frequency: Count = 4  # transitions played per gradient step
     target_frequency: Count = 4  # transitions per update of the target network
-    tau: Annotated[float, 1e-6, 1] = 0.02  # share of the way to the online network that an update moves it; 1: a copy
+    tau: Annotated[float, 1e-6, 1] = 0.02  # an update moves the target network by this share of the way; 1: a copy
     gamma: Fraction = 0.99  # discount per step
     buffer_size: Count = 100_000  # transitions in the replay memory
     batch_size: Count = 256  # transitions in a minibatch
@@ -93,8 +93,8 @@ class Args:
     # optimisation
     learning_rate: Positive = 1e-3  # step size of Adam at the start
     learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
-    optimizer_eps: Positive = 1e-4  # added to what Adam divides by
-    loss: Literal["mse", "huber"] = "mse"  # the squared TD error; huber: half of it, linear where it is beyond 1
+    optimizer_eps: Positive = 1e-4  # Adam's epsilon: added to the denominator of its step
+    loss: Literal["mse", "huber"] = "mse"  # squared TD error; huber: half of it, but linear for errors beyond 1
 
     # environment
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:EnvName-v0 imports your own module first
@@ -105,8 +105,8 @@ class Args:
     # evaluation
     eval_every: Count = 5_000  # transitions between evaluations
     eval_episodes: Count = 16  # greedy episodes per evaluation
-    final_eval_episodes: Count = 100  # greedy episodes at the end, on other seeds than best.pt was chosen by
-    target_return: Annotated[float, -1e9, 1e9] = 1e9  # end the run once the last 100 training episodes reach this mean
+    final_eval_episodes: Count = 100  # greedy episodes at the end; other seeds than those that chose best.pt
+    target_return: Annotated[float, -1e9, 1e9] = 1e9  # stop once the last 100 training episodes have this mean return
 
     # run
     seed: Annotated[int, 0, 2**30] = 1  # of the network, exploration, replay memory and environments
@@ -144,12 +144,12 @@ class VectorEnv(gym.Wrapper):
             raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; {needs}")
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(space),), np.float32)
         self.action_space = gym.spaces.Discrete(int(actions.n))
-        # flatten would cut off the fractions that a uint8 Box may hold.
+        # Not flatten for a Box: it casts to the space's dtype, and a uint8 space may hold fractions.
         vector = partial(np.reshape, shape=self.observation_space.shape)
         self.flatten = vector if isinstance(space, gym.spaces.Box) else partial(gym.spaces.flatten, space)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        if seed is not None:  # reset does not seed the spaces, from which some environments draw
+        if seed is not None:  # reset seeds no spaces, but some environments draw from theirs
             self.env.observation_space.seed(seed)
             self.env.action_space.seed(seed)
         return np.array(self.flatten(self.env.reset(seed=seed, options=options)[0]), np.float32), {}
@@ -169,13 +169,13 @@ def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None
         env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
     env = gym.wrappers.RecordEpisodeStatistics(VectorEnv(env), buffer_length=1)
     if video_dir is not None:
-        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)
+        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)  # frames
     return env
 
 
 def make_worker_env(args: Args, index: int):
     """make_env in a worker process. Ctrl-C and schedulers signal all processes; only the main one is to see it."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first is ignored; not SIG_IGN: child processes would keep it
+    for number in (signal.SIGINT, signal.SIGTERM):  # ignore the first; child processes would inherit SIG_IGN
         signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
     if os.name == "posix":
         os.setpgrp()
@@ -195,7 +195,7 @@ def make_envs(args: Args):
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
     if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # they ignore a SIGTERM
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # workers ignore SIGTERM
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
     except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
@@ -204,7 +204,7 @@ def make_envs(args: Args):
 
 
 def select_device(name: str, auto: str) -> torch.device:
-    """Return the device of that name; what `auto` stands for is the script's choice."""
+    """Return the device of that name; for "auto", the one that the script prefers."""
     try:
         return torch.zeros(1, device=auto if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
@@ -255,7 +255,7 @@ class ReplayMemory:
         )
 
     def add(self, *transitions: np.ndarray):
-        """Store one transition per environment, over the oldest: arrays in the order of Batch, (num_envs, ...) each."""
+        """Store one transition per environment: arrays (num_envs, ...) in the order of Batch. Overwrites the oldest."""
         slots = torch.arange(self.added, self.added + len(transitions[0])) % self.capacity
         for column, values in zip(self.columns, transitions, strict=True):
             column[slots] = torch.as_tensor(values, dtype=column.dtype)
@@ -286,8 +286,8 @@ def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, g
     y = r + gamma * max_a' Q_target(s', a')    where the episode went on, or only ran out of time (truncated)
     y = r                                      where it ended for good (terminated): no reward can follow
 
-    The best next action counts, not the one that was taken: so old and random transitions teach too (off-policy).
-    q_values: Q(s, .), (B, A). next_q_values: Q_target(s', .), (B, A), without gradient: only Q(s, a) is to move.
+    The target uses the best next action, not the one taken: so old and random transitions can be used (off-policy).
+    q_values: Q(s, .), (B, A). next_q_values: Q_target(s', .), (B, A), without gradient: only Q(s, a) is trained.
     """
     q_taken = q_values.gather(1, batch.actions.unsqueeze(1)).squeeze(1)  # (B, A) -> (B,)
     next_q_max = next_q_values.max(dim=1).values  # (B, A) -> (B,)
@@ -312,12 +312,12 @@ def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
 
 
 def train(args: Args) -> dict:
-    """Train from the start, or from where args.resume stopped (with args, not the saved flags); return result.json."""
+    """Train from the start, or go on from args.resume (with these args, not the saved ones); return the results."""
     device = select_device(args.device, auto="cpu")
     torch.set_num_threads(1)  # so small a network is faster on one core than on several
-    set_random_seed(args.seed)  # torch's; random's and np.random's too, from which many environments draw
-    # Below 2^30, so that what is added stays below 2^31: some environments hand their seed to a C int.
-    train_seed, eval_seed, final_seed = (int(s) % 2**30 for s in np.random.SeedSequence(args.seed).generate_state(3))
+    set_random_seed(args.seed)  # seeds torch, random and np.random; many environments draw from the last two
+    # Below 2^30, so that seed + global_step and seed + i fit the 32-bit int that some environments use.
+    train_seed, eval_seed, final_seed = (np.random.SeedSequence(args.seed).generate_state(3) % 2**30).tolist()
 
     envs = make_envs(args)
     q_network = QNetwork(envs.observation_space, envs.action_space, args).to(device)
@@ -328,7 +328,7 @@ def train(args: Args) -> dict:
     loss = torch.zeros(())  # until the first gradient step
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, memory=memory)
     global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
-    # After a resume: such that no gradient step is owed, even if --train-frequency has changed.
+    # After a resume, count on from here: no gradient steps to catch up on, whatever --train-frequency is now.
     learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     obs = envs.reset()
@@ -348,7 +348,7 @@ def train(args: Args) -> dict:
 
         # Learn: one gradient step per train_frequency transitions, however many environments there are.
         learning_rate = linear_schedule(args.learning_rate, args.learning_rate_end, args.total_timesteps, global_step)
-        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # eps: a resume restores the old one
+        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # a resume loads the old ones
         while gradient_steps < (global_step - learning_starts) // args.train_frequency:
             batch = memory.sample(args.batch_size, device)
             with torch.no_grad():
@@ -359,25 +359,25 @@ def train(args: Args) -> dict:
             optimizer.step()
             gradient_steps += 1
 
-            # Update the target each time gradient_steps * train_frequency crosses a multiple of target_frequency.
-            if gradient_steps * args.train_frequency % args.target_frequency < args.train_frequency:
+            # Update the target once per target_frequency transitions (at most once per gradient step).
+            if (gradient_steps * args.train_frequency) % args.target_frequency < args.train_frequency:
                 update_target(target_network, q_network, args.tau)
 
             if gradient_steps % 100 == 0:
                 metrics = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
                 run.log(global_step, "train", **metrics, epsilon=epsilon, learning_rate=learning_rate)
 
-        # Receive. Where an episode ended, obs begins the next one; what the action led to is in the info.
+        # Receive. Where an episode ended, obs is the first one of the next episode; its own last one is in the info.
         last_obs = obs
         obs, rewards, dones, infos = envs.step_wait()
         next_obs = obs.copy()
         for i in np.flatnonzero(dones):
             next_obs[i] = infos[i]["terminal_observation"]
 
-        # Store. Only termination masks the bootstrap: where time ran out (truncated), rewards would have followed.
+        # Store. Only a termination drops the bootstrap: where time ran out (truncated), rewards would have followed.
         truncated = np.array([info["TimeLimit.truncated"] for info in infos])
         terminated = dones & ~truncated
-        run.check(global_step, observation=[last_obs, next_obs], reward=rewards, loss=loss)
+        run.check(global_step, observation=[last_obs, next_obs], reward=rewards, loss=loss.item())
         memory.add(last_obs, actions, rewards, next_obs, terminated)
         run.log_episodes(global_step, infos)
 
@@ -396,7 +396,7 @@ def train(args: Args) -> dict:
 def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env_options) -> np.ndarray:
     """Play num_episodes greedily, num_envs side by side; return their returns, (num_episodes,).
 
-    How many each environment plays is fixed beforehand: the first N to end would be the shorter ones.
+    How many each environment plays is fixed beforehand: the first N to end would be mostly short ones.
     """
     n, device = min(args.num_envs, num_episodes), next(network.parameters()).device
     envs = DummyVecEnv([partial(make_env, args, evaluation=True, **env_options)] * n)
@@ -413,7 +413,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 
 # ######################################################################################################################
-# The algorithm ends here. What follows is the same in every script and holds no reinforcement learning.
+# The algorithm ends here. What follows holds no reinforcement learning, and is the same in every script.
 
 
 class UsageError(ValueError):
@@ -444,7 +444,7 @@ def check_drawing(args):
     for flag, mode in (("video", "rgb_array"), ("render", "human")):
         if getattr(args, flag):
             with make_env(args) as env:
-                known = {mode, "rgb_array"} & {*(env.metadata.get("render_modes") or ())}  # for "human", either will do
+                known = {mode, "rgb_array"}.intersection(env.metadata.get("render_modes") or ())  # either, for "human"
             with make_env(args, **({"render_mode": mode} if known else {})) as env:
                 env.reset(seed=0)
                 drawn = known and env.render_mode and (mode == "human" or np.ndim(env.render()) == 3)
@@ -530,7 +530,7 @@ class Run:
     def check(self, global_step: int, **values):
         """End the run at the step at which one of these is NaN or infinite; the last checkpoint is from before."""
         for name, value in values.items():
-            if not np.isfinite(value.item() if isinstance(value, torch.Tensor) else value).all():
+            if not np.isfinite(value).all():
                 raise SystemExit(f"{SCRIPT}: the {name} is not finite at step {global_step:,}")  # status 1
 
     def evaluate(self, global_step: int, seed: int):
@@ -540,7 +540,7 @@ class Run:
         mean, seconds = float(returns.mean()), now - self.started
         self.log(global_step, "eval", return_mean=mean, return_min=float(returns.min()))
         self.record["evaluations"].append([global_step, mean, seconds])
-        if not any(earlier > mean for _, earlier, _ in self.record["evaluations"]):
+        if all(mean >= earlier for _, earlier, _ in self.record["evaluations"]):
             save_checkpoint(self.dir / "best.pt", network=self.network, args=asdict(self.args))
         shown = [f"{name} {value:.3g}" for name, value in self.latest.items()][:4]
         tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
@@ -561,7 +561,7 @@ class Run:
     def save(self):
         """Write last.pt: all that --resume needs; the environments begin new episodes then."""
         now = time.perf_counter()
-        self.check(self.counts["global_step"], network=sum(p.detach().sum() for p in self.network.parameters()))
+        self.check(self.counts["global_step"], network=sum(p.detach().sum() for p in self.network.parameters()).item())
         self.tensorboard.flush()
         self.record |= {"csv_size": self.csv.tell(), "seconds": now - self.started}
         about = {"args": asdict(self.args), "counts": self.counts, "record": self.record}

@@ -102,7 +102,7 @@ class Args:
     learning_starts: Count = 1_000  # transitions before the first gradient step
     train_frequency: Count = 20  # transitions played per gradient step
     target_frequency: Count = 20  # transitions per update of the target network
-    tau: Annotated[float, 1e-6, 1] = 0.02  # share of the way to the online network that an update moves it; 1: a copy
+    tau: Annotated[float, 1e-6, 1] = 0.02  # an update moves the target network by this share of the way; 1: a copy
     average_steps: Count = 1_000  # time constant, in gradient steps, of the average that is evaluated; 1: none
     gamma: Fraction = 0.99  # discount per step
     n_step: Annotated[int, 1, 1_000] = 5  # rewards in a TD target before the bootstrap; fewer at a sequence's end
@@ -123,8 +123,8 @@ class Args:
     # optimisation
     learning_rate: Positive = 2e-3  # step size of Adam at the start
     learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
-    optimizer_eps: Positive = 1e-8  # added to what Adam divides by
-    loss: Literal["mse", "huber"] = "mse"  # the squared TD error; huber: half of it, linear where it is beyond 1
+    optimizer_eps: Positive = 1e-8  # Adam's epsilon: added to the denominator of its step
+    loss: Literal["mse", "huber"] = "mse"  # squared TD error; huber: half of it, but linear for errors beyond 1
     max_grad_norm: NonNegative = 10.0  # largest global norm of the gradient; 0: not clipped
 
     # environment
@@ -137,8 +137,8 @@ class Args:
     # evaluation
     eval_every: Count = 5_000  # transitions between evaluations
     eval_episodes: Count = 16  # greedy episodes per evaluation
-    final_eval_episodes: Count = 100  # greedy episodes at the end, on other seeds than best.pt was chosen by
-    target_return: Annotated[float, -1e9, 1e9] = 1e9  # end the run once the last 100 training episodes reach this mean
+    final_eval_episodes: Count = 100  # greedy episodes at the end; other seeds than those that chose best.pt
+    target_return: Annotated[float, -1e9, 1e9] = 1e9  # stop once the last 100 training episodes have this mean return
 
     # run
     seed: Annotated[int, 0, 2**30] = 1  # of the network, exploration, replay memory and environments
@@ -178,12 +178,12 @@ class VectorEnv(gym.Wrapper):
             raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; {needs}")
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(space),), np.float32)
         self.action_space = gym.spaces.Discrete(int(actions.n))
-        # flatten would cut off the fractions that a uint8 Box may hold.
+        # Not flatten for a Box: it casts to the space's dtype, and a uint8 space may hold fractions.
         vector = partial(np.reshape, shape=self.observation_space.shape)
         self.flatten = vector if isinstance(space, gym.spaces.Box) else partial(gym.spaces.flatten, space)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        if seed is not None:  # reset does not seed the spaces, from which some environments draw
+        if seed is not None:  # reset seeds no spaces, but some environments draw from theirs
             self.env.observation_space.seed(seed)
             self.env.action_space.seed(seed)
         return np.array(self.flatten(self.env.reset(seed=seed, options=options)[0]), np.float32), {}
@@ -238,13 +238,13 @@ def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None
         env = CartPoleView(env, args.hide)
     env = gym.wrappers.RecordEpisodeStatistics(LastAction(env), buffer_length=1)
     if video_dir is not None:
-        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)
+        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)  # frames
     return env
 
 
 def make_worker_env(args: Args, index: int):
     """make_env in a worker process. Ctrl-C and schedulers signal all processes; only the main one is to see it."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first is ignored; not SIG_IGN: child processes would keep it
+    for number in (signal.SIGINT, signal.SIGTERM):  # ignore the first; child processes would inherit SIG_IGN
         signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
     if os.name == "posix":
         os.setpgrp()
@@ -264,7 +264,7 @@ def make_envs(args: Args):
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
     if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # they ignore a SIGTERM
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # workers ignore SIGTERM
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
     except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
@@ -273,7 +273,7 @@ def make_envs(args: Args):
 
 
 def select_device(name: str, auto: str) -> torch.device:
-    """Return the device of that name; what `auto` stands for is the script's choice."""
+    """Return the device of that name; for "auto", the one that the script prefers."""
     try:
         return torch.zeros(1, device=auto if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
@@ -451,12 +451,12 @@ def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
 
 
 def train(args: Args) -> dict:
-    """Train from the start, or from where args.resume stopped (with args, not the saved flags); return result.json."""
+    """Train from the start, or go on from args.resume (with these args, not the saved ones); return the results."""
     device = select_device(args.device, auto="cpu")
     torch.set_num_threads(1)  # so small a network is faster on one core than on several
-    set_random_seed(args.seed)  # torch's; random's and np.random's too, from which many environments draw
-    # Below 2^30, so that what is added stays below 2^31: some environments hand their seed to a C int.
-    train_seed, eval_seed, final_seed = (int(s) % 2**30 for s in np.random.SeedSequence(args.seed).generate_state(3))
+    set_random_seed(args.seed)  # seeds torch, random and np.random; many environments draw from the last two
+    # Below 2^30, so that seed + global_step and seed + i fit the 32-bit int that some environments use.
+    train_seed, eval_seed, final_seed = (np.random.SeedSequence(args.seed).generate_state(3) % 2**30).tolist()
 
     envs = make_envs(args)
     q_network = QNetwork(envs.observation_space, envs.action_space, args).to(device)
@@ -468,7 +468,7 @@ def train(args: Args) -> dict:
     parts = {"online_network": q_network, "target_network": target_network, "optimizer": optimizer, "memory": memory}
     run = Run(args, envs, average_network, **parts)  # the average is what is evaluated, kept as best.pt and played
     global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
-    # After a resume: such that no gradient step is owed, even if --train-frequency has changed.
+    # After a resume, count on from here: no gradient steps to catch up on, whatever --train-frequency is now.
     learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     obs = envs.reset()
@@ -490,7 +490,7 @@ def train(args: Args) -> dict:
 
         # Learn: one gradient step per train_frequency transitions, however many environments there are.
         learning_rate = linear_schedule(args.learning_rate, args.learning_rate_end, args.total_timesteps, global_step)
-        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # eps: a resume restores the old one
+        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # a resume loads the old ones
         while gradient_steps < (global_step - learning_starts) // args.train_frequency:
             batch = memory.sample(args.batch_size, args.sequence_length, args.burn_in, device)
             if args.initial_state == "zero":
@@ -508,25 +508,25 @@ def train(args: Args) -> dict:
             # A gradient step can flip greedy actions, so an average of the weights is evaluated: at first the mean.
             update_target(average_network, q_network, 1 / min(gradient_steps, args.average_steps))
 
-            # Update the target each time gradient_steps * train_frequency crosses a multiple of target_frequency.
-            if gradient_steps * args.train_frequency % args.target_frequency < args.train_frequency:
+            # Update the target once per target_frequency transitions (at most once per gradient step).
+            if (gradient_steps * args.train_frequency) % args.target_frequency < args.train_frequency:
                 update_target(target_network, q_network, args.tau)
 
             if gradient_steps % 100 == 0:
                 metrics = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
                 run.log(global_step, "train", **metrics, epsilon=epsilon, learning_rate=learning_rate)
 
-        # Receive. Where an episode ended, obs begins the next one; what the action led to is in the info.
+        # Receive. Where an episode ended, obs is the first one of the next episode; its own last one is in the info.
         last_obs = obs
         obs, rewards, dones, infos = envs.step_wait()
         next_obs = obs.copy()
         for i in np.flatnonzero(dones):
             next_obs[i] = infos[i]["terminal_observation"]
 
-        # Store. Only termination masks the bootstrap: where time ran out (truncated), rewards would have followed.
+        # Store. Only a termination drops the bootstrap: where time ran out (truncated), rewards would have followed.
         truncated = np.array([info["TimeLimit.truncated"] for info in infos])
         terminated = dones & ~truncated
-        run.check(global_step, observation=[last_obs, next_obs], reward=rewards, loss=loss)
+        run.check(global_step, observation=[last_obs, next_obs], reward=rewards, loss=loss.item())
         memory.add(last_obs, actions, rewards, next_obs, terminated, steps, state.cpu())  # before last_obs was read
         run.log_episodes(global_step, infos)
         state, steps = next_state, np.where(dones, 0, steps + 1)
@@ -547,7 +547,7 @@ def train(args: Args) -> dict:
 def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env_options) -> np.ndarray:
     """Play num_episodes greedily, num_envs side by side; return their returns, (num_episodes,).
 
-    How many each environment plays is fixed beforehand: the first N to end would be the shorter ones.
+    How many each environment plays is fixed beforehand: the first N to end would be mostly short ones.
     """
     n, device = min(args.num_envs, num_episodes), next(network.parameters()).device
     envs = DummyVecEnv([partial(make_env, args, evaluation=True, **env_options)] * n)
@@ -566,7 +566,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 
 # ######################################################################################################################
-# The algorithm ends here. What follows is the same in every script and holds no reinforcement learning.
+# The algorithm ends here. What follows holds no reinforcement learning, and is the same in every script.
 
 
 class UsageError(ValueError):
@@ -597,7 +597,7 @@ def check_drawing(args):
     for flag, mode in (("video", "rgb_array"), ("render", "human")):
         if getattr(args, flag):
             with make_env(args) as env:
-                known = {mode, "rgb_array"} & {*(env.metadata.get("render_modes") or ())}  # for "human", either will do
+                known = {mode, "rgb_array"}.intersection(env.metadata.get("render_modes") or ())  # either, for "human"
             with make_env(args, **({"render_mode": mode} if known else {})) as env:
                 env.reset(seed=0)
                 drawn = known and env.render_mode and (mode == "human" or np.ndim(env.render()) == 3)
@@ -683,7 +683,7 @@ class Run:
     def check(self, global_step: int, **values):
         """End the run at the step at which one of these is NaN or infinite; the last checkpoint is from before."""
         for name, value in values.items():
-            if not np.isfinite(value.item() if isinstance(value, torch.Tensor) else value).all():
+            if not np.isfinite(value).all():
                 raise SystemExit(f"{SCRIPT}: the {name} is not finite at step {global_step:,}")  # status 1
 
     def evaluate(self, global_step: int, seed: int):
@@ -693,7 +693,7 @@ class Run:
         mean, seconds = float(returns.mean()), now - self.started
         self.log(global_step, "eval", return_mean=mean, return_min=float(returns.min()))
         self.record["evaluations"].append([global_step, mean, seconds])
-        if not any(earlier > mean for _, earlier, _ in self.record["evaluations"]):
+        if all(mean >= earlier for _, earlier, _ in self.record["evaluations"]):
             save_checkpoint(self.dir / "best.pt", network=self.network, args=asdict(self.args))
         shown = [f"{name} {value:.3g}" for name, value in self.latest.items()][:4]
         tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
@@ -714,7 +714,7 @@ class Run:
     def save(self):
         """Write last.pt: all that --resume needs; the environments begin new episodes then."""
         now = time.perf_counter()
-        self.check(self.counts["global_step"], network=sum(p.detach().sum() for p in self.network.parameters()))
+        self.check(self.counts["global_step"], network=sum(p.detach().sum() for p in self.network.parameters()).item())
         self.tensorboard.flush()
         self.record |= {"csv_size": self.csv.tell(), "seconds": now - self.started}
         about = {"args": asdict(self.args), "counts": self.counts, "record": self.record}

@@ -80,18 +80,18 @@ class Args:
     update_epochs: Count = 8  # passes over each rollout
     num_minibatches: Count = 4  # minibatches per pass, one gradient step each
     gamma: Fraction = 0.98  # discount per step
-    gae_lambda: Fraction = 0.9  # of GAE: 0 takes one reward and a value, 1 all rewards of the rollout
+    gae_lambda: Fraction = 0.9  # of GAE: 0 takes one reward and the next value, 1 all rewards of the rollout
     norm_advantages: bool = True  # to mean 0 and standard deviation 1, in each minibatch
-    clip_coef: Positive = 0.2  # once the ratio of new to old probability is this far from 1, more gains nothing
+    clip_coef: Positive = 0.2  # a ratio of new to old probability further than this from 1 gains nothing more
     anneal_clip: bool = True  # let clip_coef fall to 0 over total_timesteps
     value_coef: Positive = 1.0  # weight of the value loss, which is half the mean squared error
     entropy_coef: NonNegative = 0.0  # weight of the entropy bonus, which keeps the policy from settling early
-    target_kl: NonNegative = 1e9  # no further pass over a rollout once approx_kl is larger; 1e9: never
+    target_kl: NonNegative = 1e9  # end the passes over a rollout once approx_kl exceeds this; 1e9: never
     hidden_size: Annotated[int, 1, 10_000] = 64  # units in each of the two hidden layers, of the actor and the critic
 
     # optimisation
     learning_rate: Positive = 2e-3  # step size of Adam at the start; it falls in a straight line to 0
-    optimizer_eps: Positive = 1e-5  # added to what Adam divides by
+    optimizer_eps: Positive = 1e-5  # Adam's epsilon: added to the denominator of its step
     max_grad_norm: NonNegative = 0.5  # largest global norm of the gradient; 0: not clipped
 
     # environment
@@ -103,8 +103,8 @@ class Args:
     # evaluation
     eval_every: Count = 3_000  # transitions between evaluations
     eval_episodes: Count = 16  # greedy episodes per evaluation
-    final_eval_episodes: Count = 100  # greedy episodes at the end, on other seeds than best.pt was chosen by
-    target_return: Annotated[float, -1e9, 1e9] = 1e9  # end the run once the last 100 training episodes reach this mean
+    final_eval_episodes: Count = 100  # greedy episodes at the end; other seeds than those that chose best.pt
+    target_return: Annotated[float, -1e9, 1e9] = 1e9  # stop once the last 100 training episodes have this mean return
 
     # run
     seed: Annotated[int, 0, 2**30] = 1  # of the network, the actions, the minibatches and the environments
@@ -145,12 +145,12 @@ class VectorEnv(gym.Wrapper):
             raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; {needs}")
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(space),), np.float32)
         self.action_space = actions if continuous else gym.spaces.Discrete(int(actions.n))
-        # flatten would cut off the fractions that a uint8 Box may hold.
+        # Not flatten for a Box: it casts to the space's dtype, and a uint8 space may hold fractions.
         vector = partial(np.reshape, shape=self.observation_space.shape)
         self.flatten = vector if isinstance(space, gym.spaces.Box) else partial(gym.spaces.flatten, space)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        if seed is not None:  # reset does not seed the spaces, from which some environments draw
+        if seed is not None:  # reset seeds no spaces, but some environments draw from theirs
             self.env.observation_space.seed(seed)
             self.env.action_space.seed(seed)
         return np.array(self.flatten(self.env.reset(seed=seed, options=options)[0]), np.float32), {}
@@ -175,13 +175,13 @@ def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None
         env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
     env = gym.wrappers.RecordEpisodeStatistics(VectorEnv(env), buffer_length=1)
     if video_dir is not None:
-        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)
+        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)  # frames
     return env
 
 
 def make_worker_env(args: Args, index: int):
     """make_env in a worker process. Ctrl-C and schedulers signal all processes; only the main one is to see it."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first is ignored; not SIG_IGN: child processes would keep it
+    for number in (signal.SIGINT, signal.SIGTERM):  # ignore the first; child processes would inherit SIG_IGN
         signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
     if os.name == "posix":
         os.setpgrp()
@@ -201,7 +201,7 @@ def make_envs(args: Args):
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
     if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # they ignore a SIGTERM
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # workers ignore SIGTERM
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
     except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
@@ -210,7 +210,7 @@ def make_envs(args: Args):
 
 
 def select_device(name: str, auto: str) -> torch.device:
-    """Return the device of that name; what `auto` stands for is the script's choice."""
+    """Return the device of that name; for "auto", the one that the script prefers."""
     try:
         return torch.zeros(1, device=auto if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
@@ -269,7 +269,7 @@ def compute_gae(rewards, values, ended, gamma: float, gae_lambda: float):
     delta_t = r_t + gamma * V(s_(t+1)) - V(s_t)     r_t - V(s_t) where an episode ended after step t
     A_t     = delta_t + gamma * lambda * A_(t+1)    delta_t where it ended; return_t = A_t + V(s_t)
 
-    rewards, ended: (T, N). values: (T + 1, N), the last row those of the observations at which the rollout was cut.
+    rewards, ended: (T, N). values: (T + 1, N), the last row of the observations after the last step.
     Where only time ran out, r_t already holds gamma * V(last observation).
     """
     goes_on = 1.0 - ended
@@ -283,8 +283,8 @@ def compute_gae(rewards, values, ended, gamma: float, gae_lambda: float):
 def choose_actions(policy: torch.Tensor, action_space: gym.Space, greedy: bool = False) -> torch.Tensor:
     """Draw one action from each pi(.|s), or take its most probable one; policy as ActorCritic gives it."""
     if isinstance(action_space, gym.spaces.Discrete):  # (B, A) -> (B,)
-        # Each e_a is drawn from Exp(1), the exponential distribution: so the argmax of p_a / e_a is a with probability
-        # p_a. torch.multinomial computes the same, but with its checks the whole run takes a tenth longer.
+        # If each e_a is drawn from Exp(1), the argmax of p_a / e_a is a with probability p_a. torch.multinomial does
+        # the same, but with its checks the whole run takes a tenth longer.
         race = policy if greedy else policy.softmax(dim=1) / torch.empty_like(policy).exponential_()
         return race.argmax(dim=1)
     means, log_stds = policy.chunk(2, dim=1)  # (B, 2 * A) -> (B, A)
@@ -335,12 +335,12 @@ def critic_loss(values, returns):
 
 
 def train(args: Args) -> dict:
-    """Train from the start, or from where args.resume stopped (with args, not the saved flags); return result.json."""
+    """Train from the start, or go on from args.resume (with these args, not the saved ones); return the results."""
     device = select_device(args.device, auto="cpu")
     torch.set_num_threads(1)  # so small a network is faster on one core than on several
-    set_random_seed(args.seed)  # torch's; random's and np.random's too, from which many environments draw
-    # Below 2^30, so that what is added stays below 2^31: some environments hand their seed to a C int.
-    train_seed, eval_seed, final_seed = (int(s) % 2**30 for s in np.random.SeedSequence(args.seed).generate_state(3))
+    set_random_seed(args.seed)  # seeds torch, random and np.random; many environments draw from the last two
+    # Below 2^30, so that seed + global_step and seed + i fit the 32-bit int that some environments use.
+    train_seed, eval_seed, final_seed = (np.random.SeedSequence(args.seed).generate_state(3) % 2**30).tolist()
 
     envs = make_envs(args)
     network = ActorCritic(envs.observation_space, envs.action_space, args).to(device)
@@ -355,7 +355,7 @@ def train(args: Args) -> dict:
         remaining = 1.0 - global_step / args.total_timesteps
         clip_coef = args.clip_coef * remaining if args.anneal_clip else args.clip_coef
         learning_rate = args.learning_rate * remaining
-        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # eps: a resume restores the old one
+        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # a resume loads the old ones
 
         # Collect: num_steps of every environment, with the policy as it is.
         rollout.obs[0] = rollout.obs[-1]  # go on where the last rollout was cut off
@@ -368,11 +368,11 @@ def train(args: Args) -> dict:
                 rollout.actions[t], rollout.ended[t] = actions, dones
                 for i in np.flatnonzero([info["TimeLimit.truncated"] for info in infos]):  # only time ran out:
                     last_obs = torch.from_numpy(infos[i]["terminal_observation"]).to(device)
-                    rollout.rewards[t, i] += args.gamma * network.value(last_obs).item()  # more would have followed
+                    rollout.rewards[t, i] += args.gamma * network.value(last_obs).item()  # V of what was cut off
                 global_step += args.num_envs
                 run.log_episodes(global_step, infos)
 
-            # Judge: all values in one forward pass; then make of the rollout one batch, (T, N, ...) -> (T * N, ...).
+            # Judge: all values in one forward pass; then flatten the rollout to one batch, (T, N, ...) -> (T * N, ...).
             values = network.value(torch.from_numpy(rollout.obs).to(device)).cpu().numpy()  # (T + 1, N)
             advantages, returns = compute_gae(rollout.rewards, values, rollout.ended, args.gamma, args.gae_lambda)
             columns = rollout.obs[:-1], rollout.actions, advantages, returns
@@ -399,7 +399,7 @@ def train(args: Args) -> dict:
                 break
 
         # Log: what the last minibatch gave, before its gradient step, and how well the values explain the returns.
-        run.check(global_step, observation=rollout.obs[-1], reward=rollout.rewards, loss=loss)
+        run.check(global_step, observation=rollout.obs[-1], reward=rollout.rewards, loss=loss.item())
         metrics = {"policy_loss": policy_loss.item(), "value_loss": value_loss.item(), "entropy": entropy.mean().item()}
         metrics["approx_kl"] = approx_kl(log_ratio)
         metrics["clip_fraction"] = ((log_ratio.exp() - 1.0).abs() > clip_coef).float().mean().item()
@@ -421,7 +421,7 @@ def train(args: Args) -> dict:
 def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env_options) -> np.ndarray:
     """Play num_episodes greedily, num_envs side by side; return their returns, (num_episodes,).
 
-    How many each environment plays is fixed beforehand: the first N to end would be the shorter ones.
+    How many each environment plays is fixed beforehand: the first N to end would be mostly short ones.
     """
     n, device = min(args.num_envs, num_episodes), next(network.parameters()).device
     envs = DummyVecEnv([partial(make_env, args, evaluation=True, **env_options)] * n)
@@ -438,7 +438,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 
 # ######################################################################################################################
-# The algorithm ends here. What follows is the same in every script and holds no reinforcement learning.
+# The algorithm ends here. What follows holds no reinforcement learning, and is the same in every script.
 
 
 class UsageError(ValueError):
@@ -469,7 +469,7 @@ def check_drawing(args):
     for flag, mode in (("video", "rgb_array"), ("render", "human")):
         if getattr(args, flag):
             with make_env(args) as env:
-                known = {mode, "rgb_array"} & {*(env.metadata.get("render_modes") or ())}  # for "human", either will do
+                known = {mode, "rgb_array"}.intersection(env.metadata.get("render_modes") or ())  # either, for "human"
             with make_env(args, **({"render_mode": mode} if known else {})) as env:
                 env.reset(seed=0)
                 drawn = known and env.render_mode and (mode == "human" or np.ndim(env.render()) == 3)
@@ -555,7 +555,7 @@ class Run:
     def check(self, global_step: int, **values):
         """End the run at the step at which one of these is NaN or infinite; the last checkpoint is from before."""
         for name, value in values.items():
-            if not np.isfinite(value.item() if isinstance(value, torch.Tensor) else value).all():
+            if not np.isfinite(value).all():
                 raise SystemExit(f"{SCRIPT}: the {name} is not finite at step {global_step:,}")  # status 1
 
     def evaluate(self, global_step: int, seed: int):
@@ -565,7 +565,7 @@ class Run:
         mean, seconds = float(returns.mean()), now - self.started
         self.log(global_step, "eval", return_mean=mean, return_min=float(returns.min()))
         self.record["evaluations"].append([global_step, mean, seconds])
-        if not any(earlier > mean for _, earlier, _ in self.record["evaluations"]):
+        if all(mean >= earlier for _, earlier, _ in self.record["evaluations"]):
             save_checkpoint(self.dir / "best.pt", network=self.network, args=asdict(self.args))
         shown = [f"{name} {value:.3g}" for name, value in self.latest.items()][:4]
         tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
@@ -586,7 +586,7 @@ class Run:
     def save(self):
         """Write last.pt: all that --resume needs; the environments begin new episodes then."""
         now = time.perf_counter()
-        self.check(self.counts["global_step"], network=sum(p.detach().sum() for p in self.network.parameters()))
+        self.check(self.counts["global_step"], network=sum(p.detach().sum() for p in self.network.parameters()).item())
         self.tensorboard.flush()
         self.record |= {"csv_size": self.csv.tell(), "seconds": now - self.started}
         about = {"args": asdict(self.args), "counts": self.counts, "record": self.record}

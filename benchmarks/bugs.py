@@ -134,7 +134,7 @@ BUGS = [
         "the same, because the loop does not read the info",
         'next_frames[i] = infos[i]["terminal_observation"]', "pass", None),
     Bug("nobody-presses-fire", ATARI, "test_atari_env.py::test_each_life_of_an_evaluation_begins_with_fire",
-        "FIRE is pressed for the agent in training, but not after a lost life in evaluation",
+        "FIRE, which launches the ball, is pressed for the agent in training, but not after a lost life in evaluation",
         "while not self.training and 0 < self.lives < lives:", "while False:", None),
     Bug("life-resets-the-game", ATARI,
         "test_atari_env.py::test_a_lost_life_does_not_reset_the_game_but_a_seed_does",
@@ -174,7 +174,7 @@ BUGS = [
         "with torch.no_grad():\n            _, after =", "if True:\n            _, after ="),
     # --- PPO ---
     Bug("gae-crosses-episodes", PPO, "test_ppo.py::test_gae_equals_the_sums_of_its_definition[0.9-0.8-0.2]",
-        "GAE without the mask: an episode earns what the next one does",
+        "GAE (the advantages) without the mask: an episode earns what the next one does",
         "goes_on = 1.0 - ended", "goes_on = np.ones_like(rewards)"),
     Bug("timeout-is-death", PPO, "test_ppo.py::test_a_timeout_adds_the_value_of_the_observation_that_it_cut_off",
         "no value is added where time ran out; so does CleanRL "
