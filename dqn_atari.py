@@ -174,212 +174,6 @@ def fit_memory(args: Args):
             print(f"the replay memory holds {args.buffer_size:,} transitions, not 1,000,000: 0.9 of what fits")
 
 
-# === Environment ======================================================================================================
-
-
-class AtariGame(gym.Wrapper):
-    """A game as the agent meets it: one 84x84 grey frame and one reward per action, held for 4 emulator frames.
-
-    The preprocessing of the Nature paper (Mnih et al., 2015, Methods), in one class so that its order can be read. Four
-    frames per action: a reward follows its cause after a quarter as many steps, and things move visibly from one
-    observation to the next. Only screens 3 and 4 are fetched, straight from the emulator: env.step is never called.
-
-    training=True   an episode is one life
-    training=False  an episode is a whole game; step() begins the next life
-
-    Where a game ended since the last step (maybe in the no-op or FIRE after a lost life, between two steps),
-    info["episode"] holds its raw score "r" and its length "l" in emulator frames, no-ops included.
-    """
-
-    def __init__(self, env: gym.Env, training: bool, clip: bool):
-        super().__init__(env)
-        self.training, self.clip = training, clip  # clip: a reward is its sign, -1, 0 or 1
-        self.ale = env.unwrapped.ale
-        meanings = env.unwrapped.get_action_meanings()
-        self.actions = [ale_py.Action[meaning] for meaning in meanings]
-        self.start_actions = [1, 2] if meanings[1] == "FIRE" else []  # FIRE begins; a few games need a second action
-        self.screens = np.zeros((2, *self.ale.getScreenDims(), 3), np.uint8)  # the last two emulator frames
-        self.observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
-        self.metadata = {**env.metadata, "render_fps": 15}  # 60 emulator frames per second, 4 per step
-        self.score, self.lives, self.game_over = 0, 0, True  # of the current game; the score is raw
-        self.info: dict = {}  # of the next step: statistics of a game that has ended since the last one
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        lives = self.lives
-        reward, terminated, truncated = self._repeat(action)
-        # Begin the next life with the actions of reset() in training. Unlike there, the stack of frames goes on.
-        while not self.training and 0 < self.lives < lives:
-            lives = self.lives  # in a loop: these actions may lose another
-            for start_action in (0, *self.start_actions):  # where they end the game, the emulator stands still
-                gained, terminated, truncated = self._repeat(start_action)
-                reward += gained
-        info, self.info = self.info, {}
-        return self._observe(), float(np.sign(reward) if self.clip else reward), terminated, truncated, info
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Begin an episode; while training the next life of the same game, unless it is over or a seed is given."""
-        self.game_over = self.game_over or seed is not None
-        self._next_episode(seed, options)
-        for action in self.start_actions:
-            _, terminated, truncated = self._repeat(action)
-            if terminated or truncated:
-                self._next_episode()
-        return self._observe(), {}
-
-    def render(self) -> np.ndarray | None:
-        # The maximum again: every fourth screen alone would never show some of the sprites.
-        return self.screens.max(axis=0) if self.render_mode == "rgb_array" else self.env.render()
-
-    def _repeat(self, action: int) -> tuple[int, bool, bool]:
-        """Hold an action for 4 emulator frames; returns the raw reward, terminated, truncated."""
-        reward = 0
-        for frame in range(4):
-            reward += self.ale.act(self.actions[action])
-            if frame >= 2:
-                self.ale.getScreenRGB(self.screens[frame - 2])
-            if self.ale.game_over():
-                break
-        if frame < 3:  # the game ended before both screens were new: its last frame stands alone
-            self.screens[:] = self.ale.getScreenRGB()
-        terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
-        self.score += reward
-        self.game_over = terminated or truncated
-        if self.game_over:
-            self.info = {"episode": {"r": float(self.score), "l": self.ale.getEpisodeFrameNumber()}}
-        lives, self.lives = self.lives, self.ale.lives()
-        # Only a drop to a positive count is a lost life: some games (BankHeist) show 0 a while before they are over.
-        return reward, terminated or (self.training and 0 < self.lives < lives), truncated
-
-    def _next_episode(self, seed: int | None = None, options: dict | None = None):
-        if self.training and not self.game_over:
-            self._repeat(0)  # one no-op moves past the loss; what it gains counts for the score, not for the agent
-            if not self.game_over:
-                return
-        self.env.reset(seed=seed, options=options)
-        self.score = 0
-        for _ in range(self.env.unwrapped.np_random.integers(1, 31)):  # no-op frames: games begin differently
-            self.score += self.ale.act(self.actions[0])
-            if self.ale.game_over():
-                self.env.reset()
-                self.score = 0
-        self.screens[:] = self.ale.getScreenRGB()
-        self.lives = self.ale.lives()
-        self.game_over = False
-
-    def _observe(self) -> np.ndarray:
-        """Return the maximum of both screens, as games draw some sprites on alternate frames only: (84, 84) uint8."""
-        np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
-        grey = cv2.cvtColor(self.screens[0], cv2.COLOR_RGB2GRAY)
-        return cv2.resize(grey, (84, 84), interpolation=cv2.INTER_AREA)  # a new array: the caller may keep it
-
-
-class PixelEnv(gym.Wrapper):
-    """An environment that is no Atari game, with (84, 84) uint8 frames: copied, and with an info like AtariGame's."""
-
-    def __init__(self, env: gym.Env, clip: bool):
-        super().__init__(env)
-        self.clip = clip  # a reward is its sign
-        space, actions = env.observation_space, env.action_space
-        discrete = isinstance(actions, gym.spaces.Discrete) and actions.n <= 256  # the memory keeps actions in a byte
-        if (space.shape, space.dtype) != ((84, 84), np.uint8) or not discrete:
-            needs = "(84, 84) uint8 frames (Gymnasium has ResizeObservation, GrayscaleObservation), discrete actions"
-            raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; this script needs {needs}")
-        self.action_space = gym.spaces.Discrete(int(actions.n))
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        self.score, self.length = 0.0, 0
-        if seed is not None:  # reset seeds no spaces, but some environments draw from theirs
-            self.env.observation_space.seed(seed)
-            self.env.action_space.seed(seed)
-        return np.array(self.env.reset(seed=seed, options=options)[0]), {}
-
-    def step(self, action: int):
-        obs, reward, terminated, truncated, _ = self.env.step(np.int64(action) + self.env.action_space.start)
-        reward = float(reward)
-        self.score, self.length = self.score + reward, self.length + 1
-        if self.clip and reward:
-            reward /= abs(reward)  # its sign; NaN where it is infinite, which stops the run
-        info = {"episode": {"r": self.score, "l": self.length}} if terminated or truncated else {}
-        return np.array(obs), reward, bool(terminated), bool(truncated), info
-
-
-def make_env(args: Args, evaluation: bool = False, render_mode: str | None = None, video_dir: Path | None = None):
-    """Return one game whose observation is one frame, (84, 84) uint8; args.clip_rewards is for training only.
-
-    An Atari id loses its frame skip. Its sticky actions stay: ALE/*-v5 repeats the last action a quarter of the time.
-    """
-    cv2.setNumThreads(1)  # OpenCV would start a thread per core in every worker
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from each of them
-    time_limit = None if evaluation and args.time_limit == -1 else args.time_limit  # an evaluation has to end
-    try:
-        module, _, env_id = args.env_id.rpartition(":")
-        if module:
-            importlib.import_module(module)
-        atari, options = str(gym.spec(env_id).entry_point).startswith("ale_py"), {"max_episode_steps": time_limit}
-        if atari:
-            limit = {} if time_limit is None else {"max_num_frames_per_episode": max(0, 4 * time_limit)}  # 0: no limit
-            options = {"disable_env_checker": True, **limit}
-        env = gym.make(env_id, **options, **({"render_mode": render_mode} if render_mode else {}))
-    except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
-        raise UsageError(f"--env-id {args.env_id}: {error}") from None
-    if evaluation and not atari and env.spec.max_episode_steps is None:
-        env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
-    clip = args.clip_rewards and not evaluation
-    env = AtariGame(env, not evaluation, clip) if atari else PixelEnv(env, clip)
-    if video_dir is not None:
-        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)  # frames
-    return env
-
-
-def make_worker_env(args: Args, index: int):
-    """make_env in a worker process. Ctrl-C and schedulers signal all processes; only the main one is to see it."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # ignore the first; child processes would inherit SIG_IGN
-        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
-    if os.name == "posix":
-        os.setpgrp()
-    set_random_seed(np.random.SeedSequence((args.seed, index)).generate_state(1).item())  # no two workers draw alike
-    torch.set_num_threads(1)  # an environment that uses torch would start a thread per core in every worker
-    return make_env(args)
-
-
-def make_envs(args: Args):
-    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,).
-
-    A VecEnv resets an environment inside the step that ends its episode. That episode's last observation is then in
-    infos[i]["terminal_observation"]. infos[i]["TimeLimit.truncated"] says, at every step, whether it was only cut off.
-    """
-    make_env(args).close()  # an environment that fails is reported once, not by every worker
-    if args.vec_env == "dummy":
-        return DummyVecEnv([partial(make_env, args)] * args.num_envs)
-    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
-        multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # workers ignore SIGTERM
-    try:
-        return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
-    except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
-        failed = UsageError(f"--num-envs {args.num_envs}: a worker failed; see its error above, or give fewer")
-        raise (SystemExit(128 + Run.signal) if Run.signal else failed) from None
-
-
-def push_frames(stacks: np.ndarray, frames: np.ndarray, ended: np.ndarray):
-    """Append frames (n, 84, 84) to the stacks (n, 4, 84, 84), newest last, in place.
-
-    One frame does not tell which way the ball flies; four do. Built here rather than in the workers, so that a quarter
-    of the bytes cross the pipes. Where an episode ended, frames holds the first one of the next: its stack starts anew.
-    """
-    stacks[:, :-1] = stacks[:, 1:]
-    stacks[ended] = 0
-    stacks[:, -1] = frames
-
-
-def select_device(name: str, auto: str) -> torch.device:
-    """Return the device of that name; for "auto", the one that the script prefers."""
-    try:
-        return torch.zeros(1, device=auto if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}; try auto, cpu, cuda:N or mps") from None
-
-
 # === Network ==========================================================================================================
 
 
@@ -689,6 +483,212 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
                 returns[i].append(info["episode"]["r"])
     envs.close()
     return np.concatenate(returns)
+
+
+# === Environment ======================================================================================================
+
+
+class AtariGame(gym.Wrapper):
+    """A game as the agent meets it: one 84x84 grey frame and one reward per action, held for 4 emulator frames.
+
+    The preprocessing of the Nature paper (Mnih et al., 2015, Methods), in one class so that its order can be read. Four
+    frames per action: a reward follows its cause after a quarter as many steps, and things move visibly from one
+    observation to the next. Only screens 3 and 4 are fetched, straight from the emulator: env.step is never called.
+
+    training=True   an episode is one life
+    training=False  an episode is a whole game; step() begins the next life
+
+    Where a game ended since the last step (maybe in the no-op or FIRE after a lost life, between two steps),
+    info["episode"] holds its raw score "r" and its length "l" in emulator frames, no-ops included.
+    """
+
+    def __init__(self, env: gym.Env, training: bool, clip: bool):
+        super().__init__(env)
+        self.training, self.clip = training, clip  # clip: a reward is its sign, -1, 0 or 1
+        self.ale = env.unwrapped.ale
+        meanings = env.unwrapped.get_action_meanings()
+        self.actions = [ale_py.Action[meaning] for meaning in meanings]
+        self.start_actions = [1, 2] if meanings[1] == "FIRE" else []  # FIRE begins; a few games need a second action
+        self.screens = np.zeros((2, *self.ale.getScreenDims(), 3), np.uint8)  # the last two emulator frames
+        self.observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
+        self.metadata = {**env.metadata, "render_fps": 15}  # 60 emulator frames per second, 4 per step
+        self.score, self.lives, self.game_over = 0, 0, True  # of the current game; the score is raw
+        self.info: dict = {}  # of the next step: statistics of a game that has ended since the last one
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        lives = self.lives
+        reward, terminated, truncated = self._repeat(action)
+        # Begin the next life with the actions of reset() in training. Unlike there, the stack of frames goes on.
+        while not self.training and 0 < self.lives < lives:
+            lives = self.lives  # in a loop: these actions may lose another
+            for start_action in (0, *self.start_actions):  # where they end the game, the emulator stands still
+                gained, terminated, truncated = self._repeat(start_action)
+                reward += gained
+        info, self.info = self.info, {}
+        return self._observe(), float(np.sign(reward) if self.clip else reward), terminated, truncated, info
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Begin an episode; while training the next life of the same game, unless it is over or a seed is given."""
+        self.game_over = self.game_over or seed is not None
+        self._next_episode(seed, options)
+        for action in self.start_actions:
+            _, terminated, truncated = self._repeat(action)
+            if terminated or truncated:
+                self._next_episode()
+        return self._observe(), {}
+
+    def render(self) -> np.ndarray | None:
+        # The maximum again: every fourth screen alone would never show some of the sprites.
+        return self.screens.max(axis=0) if self.render_mode == "rgb_array" else self.env.render()
+
+    def _repeat(self, action: int) -> tuple[int, bool, bool]:
+        """Hold an action for 4 emulator frames; returns the raw reward, terminated, truncated."""
+        reward = 0
+        for frame in range(4):
+            reward += self.ale.act(self.actions[action])
+            if frame >= 2:
+                self.ale.getScreenRGB(self.screens[frame - 2])
+            if self.ale.game_over():
+                break
+        if frame < 3:  # the game ended before both screens were new: its last frame stands alone
+            self.screens[:] = self.ale.getScreenRGB()
+        terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
+        self.score += reward
+        self.game_over = terminated or truncated
+        if self.game_over:
+            self.info = {"episode": {"r": float(self.score), "l": self.ale.getEpisodeFrameNumber()}}
+        lives, self.lives = self.lives, self.ale.lives()
+        # Only a drop to a positive count is a lost life: some games (BankHeist) show 0 a while before they are over.
+        return reward, terminated or (self.training and 0 < self.lives < lives), truncated
+
+    def _next_episode(self, seed: int | None = None, options: dict | None = None):
+        if self.training and not self.game_over:
+            self._repeat(0)  # one no-op moves past the loss; what it gains counts for the score, not for the agent
+            if not self.game_over:
+                return
+        self.env.reset(seed=seed, options=options)
+        self.score = 0
+        for _ in range(self.env.unwrapped.np_random.integers(1, 31)):  # no-op frames: games begin differently
+            self.score += self.ale.act(self.actions[0])
+            if self.ale.game_over():
+                self.env.reset()
+                self.score = 0
+        self.screens[:] = self.ale.getScreenRGB()
+        self.lives = self.ale.lives()
+        self.game_over = False
+
+    def _observe(self) -> np.ndarray:
+        """Return the maximum of both screens, as games draw some sprites on alternate frames only: (84, 84) uint8."""
+        np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
+        grey = cv2.cvtColor(self.screens[0], cv2.COLOR_RGB2GRAY)
+        return cv2.resize(grey, (84, 84), interpolation=cv2.INTER_AREA)  # a new array: the caller may keep it
+
+
+class PixelEnv(gym.Wrapper):
+    """An environment that is no Atari game, with (84, 84) uint8 frames: copied, and with an info like AtariGame's."""
+
+    def __init__(self, env: gym.Env, clip: bool):
+        super().__init__(env)
+        self.clip = clip  # a reward is its sign
+        space, actions = env.observation_space, env.action_space
+        discrete = isinstance(actions, gym.spaces.Discrete) and actions.n <= 256  # the memory keeps actions in a byte
+        if (space.shape, space.dtype) != ((84, 84), np.uint8) or not discrete:
+            needs = "(84, 84) uint8 frames (Gymnasium has ResizeObservation, GrayscaleObservation), discrete actions"
+            raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; this script needs {needs}")
+        self.action_space = gym.spaces.Discrete(int(actions.n))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        self.score, self.length = 0.0, 0
+        if seed is not None:  # reset seeds no spaces, but some environments draw from theirs
+            self.env.observation_space.seed(seed)
+            self.env.action_space.seed(seed)
+        return np.array(self.env.reset(seed=seed, options=options)[0]), {}
+
+    def step(self, action: int):
+        obs, reward, terminated, truncated, _ = self.env.step(np.int64(action) + self.env.action_space.start)
+        reward = float(reward)
+        self.score, self.length = self.score + reward, self.length + 1
+        if self.clip and reward:
+            reward /= abs(reward)  # its sign; NaN where it is infinite, which stops the run
+        info = {"episode": {"r": self.score, "l": self.length}} if terminated or truncated else {}
+        return np.array(obs), reward, bool(terminated), bool(truncated), info
+
+
+def make_env(args: Args, evaluation: bool = False, render_mode: str | None = None, video_dir: Path | None = None):
+    """Return one game whose observation is one frame, (84, 84) uint8; args.clip_rewards is for training only.
+
+    An Atari id loses its frame skip. Its sticky actions stay: ALE/*-v5 repeats the last action a quarter of the time.
+    """
+    cv2.setNumThreads(1)  # OpenCV would start a thread per core in every worker
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from each of them
+    time_limit = None if evaluation and args.time_limit == -1 else args.time_limit  # an evaluation has to end
+    try:
+        module, _, env_id = args.env_id.rpartition(":")
+        if module:
+            importlib.import_module(module)
+        atari, options = str(gym.spec(env_id).entry_point).startswith("ale_py"), {"max_episode_steps": time_limit}
+        if atari:
+            limit = {} if time_limit is None else {"max_num_frames_per_episode": max(0, 4 * time_limit)}  # 0: no limit
+            options = {"disable_env_checker": True, **limit}
+        env = gym.make(env_id, **options, **({"render_mode": render_mode} if render_mode else {}))
+    except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
+        raise UsageError(f"--env-id {args.env_id}: {error}") from None
+    if evaluation and not atari and env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
+    clip = args.clip_rewards and not evaluation
+    env = AtariGame(env, not evaluation, clip) if atari else PixelEnv(env, clip)
+    if video_dir is not None:
+        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)  # frames
+    return env
+
+
+def make_worker_env(args: Args, index: int):
+    """make_env in a worker process. Ctrl-C and schedulers signal all processes; only the main one is to see it."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # ignore the first; child processes would inherit SIG_IGN
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    if os.name == "posix":
+        os.setpgrp()
+    set_random_seed(np.random.SeedSequence((args.seed, index)).generate_state(1).item())  # no two workers draw alike
+    torch.set_num_threads(1)  # an environment that uses torch would start a thread per core in every worker
+    return make_env(args)
+
+
+def make_envs(args: Args):
+    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,).
+
+    A VecEnv resets an environment inside the step that ends its episode. That episode's last observation is then in
+    infos[i]["terminal_observation"]. infos[i]["TimeLimit.truncated"] says, at every step, whether it was only cut off.
+    """
+    make_env(args).close()  # an environment that fails is reported once, not by every worker
+    if args.vec_env == "dummy":
+        return DummyVecEnv([partial(make_env, args)] * args.num_envs)
+    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
+        multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # workers ignore SIGTERM
+    try:
+        return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
+    except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
+        failed = UsageError(f"--num-envs {args.num_envs}: a worker failed; see its error above, or give fewer")
+        raise (SystemExit(128 + Run.signal) if Run.signal else failed) from None
+
+
+def push_frames(stacks: np.ndarray, frames: np.ndarray, ended: np.ndarray):
+    """Append frames (n, 84, 84) to the stacks (n, 4, 84, 84), newest last, in place.
+
+    One frame does not tell which way the ball flies; four do. Built here rather than in the workers, so that a quarter
+    of the bytes cross the pipes. Where an episode ended, frames holds the first one of the next: its stack starts anew.
+    """
+    stacks[:, :-1] = stacks[:, 1:]
+    stacks[ended] = 0
+    stacks[:, -1] = frames
+
+
+def select_device(name: str, auto: str) -> torch.device:
+    """Return the device of that name; for "auto", the one that the script prefers."""
+    try:
+        return torch.zeros(1, device=auto if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}; try auto, cpu, cuda:N or mps") from None
 
 
 # ######################################################################################################################

@@ -159,127 +159,6 @@ class Args:
         require(self, "burn_in", self.burn_in <= self.sequence_length, "give at most --sequence-length")
 
 
-# === Environment ======================================================================================================
-
-
-class VectorEnv(gym.Wrapper):
-    """Gives an environment, as users write them, the form that the rest relies on.
-
-    Observations become float32 vectors, copied, since some environments overwrite theirs; Discrete, Tuple and Dict are
-    flattened. Actions become NumPy integers, as action_space.sample() gives them. The info becomes empty.
-    """
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        space, actions = env.observation_space, env.action_space
-        picture = isinstance(space, gym.spaces.Box) and len(space.shape) > (1 if space.dtype == np.uint8 else 2)
-        if picture or not space.is_np_flattenable or not isinstance(actions, gym.spaces.Discrete):
-            needs = "this script needs vectors, discrete actions (pictures: dqn_atari.py; continuous: ppo_cartpole.py)"
-            raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; {needs}")
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(space),), np.float32)
-        self.action_space = gym.spaces.Discrete(int(actions.n))
-        # Not flatten for a Box: it casts to the space's dtype, and a uint8 space may hold fractions.
-        vector = partial(np.reshape, shape=self.observation_space.shape)
-        self.flatten = vector if isinstance(space, gym.spaces.Box) else partial(gym.spaces.flatten, space)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        if seed is not None:  # reset seeds no spaces, but some environments draw from theirs
-            self.env.observation_space.seed(seed)
-            self.env.action_space.seed(seed)
-        return np.array(self.flatten(self.env.reset(seed=seed, options=options)[0]), np.float32), {}
-
-    def step(self, action: int):
-        obs, reward, terminated, truncated, _ = self.env.step(np.int64(action) + self.env.action_space.start)
-        return np.array(self.flatten(obs), np.float32), float(reward), bool(terminated), bool(truncated), {}
-
-
-class CartPoleView(gym.ObservationWrapper):
-    """Hides the velocities (--hide), and changes the units: a step then mostly changes a number by 0.1 to 0.6."""
-
-    units = np.float32([0.1, 0.5, 0.02, 0.5])  # of x, its velocity, the angle, its velocity: an LSTM learns sooner
-
-    def __init__(self, env: gym.Env, hide: str):
-        super().__init__(env)
-        self.shown = [0, 2] if hide == "velocity" else [0, 1, 2, 3]
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (len(self.shown),), np.float32)
-
-    def observation(self, obs: np.ndarray) -> np.ndarray:
-        return (obs / self.units)[self.shown]
-
-
-class LastAction(gym.Wrapper):
-    """Appends the action that led to an observation, one-hot: so the agent knows what was due to its push."""
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        size, n = env.observation_space.shape[0], env.action_space.n
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size + n,), np.float32)
-        self.one_hot = np.eye(n + 1, n, dtype=np.float32)  # the last row, of zeros: none yet
-
-    def reset(self, **options):
-        obs, info = self.env.reset(**options)
-        return np.append(obs, self.one_hot[-1]), info
-
-    def step(self, action: int):
-        obs, *rest = self.env.step(action)
-        return np.append(obs, self.one_hot[action]), *rest
-
-
-def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None, **options):
-    """Return one environment; its info holds {"episode": {"r": return, "l": length}} where an episode ended."""
-    try:
-        env = gym.make(args.env_id, max_episode_steps=args.time_limit, **options)
-    except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
-        raise UsageError(f"--env-id {args.env_id}: {error}") from None
-    if evaluation and env.spec.max_episode_steps is None:
-        env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
-    env = VectorEnv(env)
-    if env.unwrapped.spec.id in ("CartPole-v0", "CartPole-v1"):
-        env = CartPoleView(env, args.hide)
-    env = gym.wrappers.RecordEpisodeStatistics(LastAction(env), buffer_length=1)
-    if video_dir is not None:
-        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)  # frames
-    return env
-
-
-def make_worker_env(args: Args, index: int):
-    """make_env in a worker process. Ctrl-C and schedulers signal all processes; only the main one is to see it."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # ignore the first; child processes would inherit SIG_IGN
-        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
-    if os.name == "posix":
-        os.setpgrp()
-    set_random_seed(np.random.SeedSequence((args.seed, index)).generate_state(1).item())  # no two workers draw alike
-    torch.set_num_threads(1)  # an environment that uses torch would start a thread per core in every worker
-    return make_env(args)
-
-
-def make_envs(args: Args):
-    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,).
-
-    A VecEnv resets an environment inside the step that ends its episode. That episode's last observation is then in
-    infos[i]["terminal_observation"]. infos[i]["TimeLimit.truncated"] says, at every step, whether it was only cut off.
-    """
-    make_env(args).close()  # an environment that fails is reported once, not by every worker
-    if args.vec_env == "dummy":
-        return DummyVecEnv([partial(make_env, args)] * args.num_envs)
-    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
-        multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # workers ignore SIGTERM
-    try:
-        return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
-    except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
-        failed = UsageError(f"--num-envs {args.num_envs}: a worker failed; see its error above, or give fewer")
-        raise (SystemExit(128 + Run.signal) if Run.signal else failed) from None
-
-
-def select_device(name: str, auto: str) -> torch.device:
-    """Return the device of that name; for "auto", the one that the script prefers."""
-    try:
-        return torch.zeros(1, device=auto if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}; try auto, cpu, cuda:N or mps") from None
-
-
 # === Network ==========================================================================================================
 
 
@@ -563,6 +442,127 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
                 returns[i].append(info["episode"]["r"])
     envs.close()
     return np.concatenate(returns)
+
+
+# === Environment ======================================================================================================
+
+
+class VectorEnv(gym.Wrapper):
+    """Gives an environment, as users write them, the form that the rest relies on.
+
+    Observations become float32 vectors, copied, since some environments overwrite theirs; Discrete, Tuple and Dict are
+    flattened. Actions become NumPy integers, as action_space.sample() gives them. The info becomes empty.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        space, actions = env.observation_space, env.action_space
+        picture = isinstance(space, gym.spaces.Box) and len(space.shape) > (1 if space.dtype == np.uint8 else 2)
+        if picture or not space.is_np_flattenable or not isinstance(actions, gym.spaces.Discrete):
+            needs = "this script needs vectors, discrete actions (pictures: dqn_atari.py; continuous: ppo_cartpole.py)"
+            raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; {needs}")
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(space),), np.float32)
+        self.action_space = gym.spaces.Discrete(int(actions.n))
+        # Not flatten for a Box: it casts to the space's dtype, and a uint8 space may hold fractions.
+        vector = partial(np.reshape, shape=self.observation_space.shape)
+        self.flatten = vector if isinstance(space, gym.spaces.Box) else partial(gym.spaces.flatten, space)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if seed is not None:  # reset seeds no spaces, but some environments draw from theirs
+            self.env.observation_space.seed(seed)
+            self.env.action_space.seed(seed)
+        return np.array(self.flatten(self.env.reset(seed=seed, options=options)[0]), np.float32), {}
+
+    def step(self, action: int):
+        obs, reward, terminated, truncated, _ = self.env.step(np.int64(action) + self.env.action_space.start)
+        return np.array(self.flatten(obs), np.float32), float(reward), bool(terminated), bool(truncated), {}
+
+
+class CartPoleView(gym.ObservationWrapper):
+    """Hides the velocities (--hide), and changes the units: a step then mostly changes a number by 0.1 to 0.6."""
+
+    units = np.float32([0.1, 0.5, 0.02, 0.5])  # of x, its velocity, the angle, its velocity: an LSTM learns sooner
+
+    def __init__(self, env: gym.Env, hide: str):
+        super().__init__(env)
+        self.shown = [0, 2] if hide == "velocity" else [0, 1, 2, 3]
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (len(self.shown),), np.float32)
+
+    def observation(self, obs: np.ndarray) -> np.ndarray:
+        return (obs / self.units)[self.shown]
+
+
+class LastAction(gym.Wrapper):
+    """Appends the action that led to an observation, one-hot: so the agent knows what was due to its push."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        size, n = env.observation_space.shape[0], env.action_space.n
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (size + n,), np.float32)
+        self.one_hot = np.eye(n + 1, n, dtype=np.float32)  # the last row, of zeros: none yet
+
+    def reset(self, **options):
+        obs, info = self.env.reset(**options)
+        return np.append(obs, self.one_hot[-1]), info
+
+    def step(self, action: int):
+        obs, *rest = self.env.step(action)
+        return np.append(obs, self.one_hot[action]), *rest
+
+
+def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None, **options):
+    """Return one environment; its info holds {"episode": {"r": return, "l": length}} where an episode ended."""
+    try:
+        env = gym.make(args.env_id, max_episode_steps=args.time_limit, **options)
+    except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
+        raise UsageError(f"--env-id {args.env_id}: {error}") from None
+    if evaluation and env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
+    env = VectorEnv(env)
+    if env.unwrapped.spec.id in ("CartPole-v0", "CartPole-v1"):
+        env = CartPoleView(env, args.hide)
+    env = gym.wrappers.RecordEpisodeStatistics(LastAction(env), buffer_length=1)
+    if video_dir is not None:
+        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)  # frames
+    return env
+
+
+def make_worker_env(args: Args, index: int):
+    """make_env in a worker process. Ctrl-C and schedulers signal all processes; only the main one is to see it."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # ignore the first; child processes would inherit SIG_IGN
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    if os.name == "posix":
+        os.setpgrp()
+    set_random_seed(np.random.SeedSequence((args.seed, index)).generate_state(1).item())  # no two workers draw alike
+    torch.set_num_threads(1)  # an environment that uses torch would start a thread per core in every worker
+    return make_env(args)
+
+
+def make_envs(args: Args):
+    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,).
+
+    A VecEnv resets an environment inside the step that ends its episode. That episode's last observation is then in
+    infos[i]["terminal_observation"]. infos[i]["TimeLimit.truncated"] says, at every step, whether it was only cut off.
+    """
+    make_env(args).close()  # an environment that fails is reported once, not by every worker
+    if args.vec_env == "dummy":
+        return DummyVecEnv([partial(make_env, args)] * args.num_envs)
+    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
+        multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # workers ignore SIGTERM
+    try:
+        return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
+    except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
+        failed = UsageError(f"--num-envs {args.num_envs}: a worker failed; see its error above, or give fewer")
+        raise (SystemExit(128 + Run.signal) if Run.signal else failed) from None
+
+
+def select_device(name: str, auto: str) -> torch.device:
+    """Return the device of that name; for "auto", the one that the script prefers."""
+    try:
+        return torch.zeros(1, device=auto if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}; try auto, cpu, cuda:N or mps") from None
 
 
 # ######################################################################################################################

@@ -127,185 +127,6 @@ class Args:
         require(self, "learning_starts", fits, "give at least --num-envs and less than --total-timesteps")
 
 
-# === Environment ======================================================================================================
-
-
-class VectorEnv(gym.Wrapper):
-    """Gives an environment, as users write them, the form that the rest relies on.
-
-    Observations become float32 vectors, copied, since some environments overwrite theirs; Discrete, Tuple and Dict are
-    flattened. Actions become NumPy integers, as action_space.sample() gives them. The info becomes empty.
-    """
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        space, actions = env.observation_space, env.action_space
-        picture = isinstance(space, gym.spaces.Box) and len(space.shape) > (1 if space.dtype == np.uint8 else 2)
-        if picture or not space.is_np_flattenable or not isinstance(actions, gym.spaces.Discrete):
-            needs = "this script needs vectors, discrete actions (pictures: dqn_atari.py; continuous: ppo_cartpole.py)"
-            raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; {needs}")
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(space),), np.float32)
-        self.action_space = gym.spaces.Discrete(int(actions.n))
-        # Not flatten for a Box: it casts to the space's dtype, and a uint8 space may hold fractions.
-        vector = partial(np.reshape, shape=self.observation_space.shape)
-        self.flatten = vector if isinstance(space, gym.spaces.Box) else partial(gym.spaces.flatten, space)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        if seed is not None:  # reset seeds no spaces, but some environments draw from theirs
-            self.env.observation_space.seed(seed)
-            self.env.action_space.seed(seed)
-        return np.array(self.flatten(self.env.reset(seed=seed, options=options)[0]), np.float32), {}
-
-    def step(self, action: int):
-        obs, reward, terminated, truncated, _ = self.env.step(np.int64(action) + self.env.action_space.start)
-        return np.array(self.flatten(obs), np.float32), float(reward), bool(terminated), bool(truncated), {}
-
-
-def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None, **options):
-    """Return one environment; its info holds {"episode": {"r": return, "l": length}} where an episode ended."""
-    try:
-        env = gym.make(args.env_id, max_episode_steps=args.time_limit, **options)
-    except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
-        raise UsageError(f"--env-id {args.env_id}: {error}") from None
-    if evaluation and env.spec.max_episode_steps is None:
-        env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
-    env = gym.wrappers.RecordEpisodeStatistics(VectorEnv(env), buffer_length=1)
-    if video_dir is not None:
-        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)  # frames
-    return env
-
-
-def make_worker_env(args: Args, index: int):
-    """make_env in a worker process. Ctrl-C and schedulers signal all processes; only the main one is to see it."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # ignore the first; child processes would inherit SIG_IGN
-        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
-    if os.name == "posix":
-        os.setpgrp()
-    set_random_seed(np.random.SeedSequence((args.seed, index)).generate_state(1).item())  # no two workers draw alike
-    torch.set_num_threads(1)  # an environment that uses torch would start a thread per core in every worker
-    return make_env(args)
-
-
-def make_envs(args: Args):
-    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,).
-
-    A VecEnv resets an environment inside the step that ends its episode. That episode's last observation is then in
-    infos[i]["terminal_observation"]. infos[i]["TimeLimit.truncated"] says, at every step, whether it was only cut off.
-    """
-    make_env(args).close()  # an environment that fails is reported once, not by every worker
-    if args.vec_env == "dummy":
-        return DummyVecEnv([partial(make_env, args)] * args.num_envs)
-    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
-        multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # workers ignore SIGTERM
-    try:
-        return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
-    except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
-        failed = UsageError(f"--num-envs {args.num_envs}: a worker failed; see its error above, or give fewer")
-        raise (SystemExit(128 + Run.signal) if Run.signal else failed) from None
-
-
-class EnvPoolVecEnv:
-    """EnvPool's environments, behind what training uses of SB3's VecEnv; evaluations play Gymnasium's.
-
-    EnvPool resets an environment in the step after the one that ended its episode: that step ignores its action and
-    gives reward 0. Stored, it would be a transition that never happened. Here ended ones are reset inside that step.
-    """
-
-    def __init__(self, args: Args):
-        require(args, "vec_env", importlib.util.find_spec("envpool"), "first: pip install envpool")
-        import envpool
-
-        require(args, "env_id", args.env_id in envpool.list_all_envs(), "EnvPool has none of this name")
-        self.num_envs, env = args.num_envs, make_env(args)
-        self.observation_space, self.action_space = env.observation_space, env.action_space
-        self.time_limit = env.spec.max_episode_steps or 2**31 - 1
-        plain = env.unwrapped.observation_space.shape == env.observation_space.shape
-        require(args, "env_id", plain, "EnvPool's observations of it are no vectors")
-        env.close()
-        # The limit is counted here: EnvPool calls a fall at the very step of its limit a truncation.
-        self.make = partial(envpool.make_gymnasium, args.env_id, num_envs=args.num_envs, max_episode_steps=2**31 - 1)
-
-    def seed(self, seed: int):
-        self.pool = self.make(seed=seed)  # it takes seeds only here; environment i gets seed + i
-
-    def reset(self) -> np.ndarray:
-        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
-        return self.pool.reset()[0].astype(np.float32)
-
-    def step_async(self, actions: list[int]):
-        self.pool.send(np.array(actions))
-
-    def step_wait(self):
-        obs, rewards, terminated, _, _ = self.pool.recv()
-        obs = obs.astype(np.float32)  # a copy: what EnvPool returned stays as it is
-        self.returns += rewards
-        self.lengths += 1
-        truncated = (self.lengths >= self.time_limit) & ~terminated
-        infos = [{"TimeLimit.truncated": timeout} for timeout in truncated]
-        ended = np.flatnonzero(terminated | truncated)
-        for i in ended:
-            infos[i]["terminal_observation"] = obs[i].copy()
-            infos[i]["episode"] = {"r": self.returns[i], "l": self.lengths[i]}
-        if len(ended):
-            first_obs, info = self.pool.reset(ended.astype(np.int32))  # it reads 32 bits, and does not convert
-            obs[info["env_id"]] = first_obs
-            self.returns[ended], self.lengths[ended] = 0.0, 0
-        return obs, rewards, terminated | truncated, infos
-
-    def close(self):
-        self.pool = None  # ends its threads
-
-
-class RayVecEnv:
-    """SB3's DummyVecEnv of one environment in each of num_envs Ray actors, here or on the cluster at $RAY_ADDRESS."""
-
-    def __init__(self, args: Args):
-        require(args, "vec_env", importlib.util.find_spec("ray"), "first: pip install ray")
-        import ray
-
-        with make_env(args) as env:
-            self.observation_space, self.action_space = env.observation_space, env.action_space
-        address, handler = os.environ.get("RAY_ADDRESS", "local"), signal.getsignal(signal.SIGTERM)
-        # The nodes of a cluster are sent this script's folder, for modules of your own.
-        modules = {} if address == "local" else {"working_dir": sys.path[0] or ".", "excludes": ["runs"]}
-        try:
-            ray.init(address, runtime_env=modules, log_to_driver=False, ignore_reinit_error=True)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UsageError(f"--vec-env ray: RAY_ADDRESS {address}: {error}") from None
-        if signal.getsignal(signal.SIGTERM) != handler:
-            signal.signal(signal.SIGTERM, handler)  # Ray's own would end a run unsaved
-        self.ray, actor = ray, ray.remote(scheduling_strategy="SPREAD")(DummyVecEnv)
-        self.actors = [actor.remote([partial(make_worker_env, args, index)]) for index in range(args.num_envs)]
-        self.seed(0)  # waits for the actors: one that fails does so before there is a run directory
-
-    def seed(self, seed: int):
-        self.ray.get([actor.seed.remote(seed + i) for i, actor in enumerate(self.actors)])
-
-    def reset(self) -> np.ndarray:
-        return np.concatenate(self.ray.get([actor.reset.remote() for actor in self.actors]))
-
-    def step_async(self, actions: list[int]):
-        self.steps = [actor.step.remote([action]) for actor, action in zip(self.actors, actions, strict=True)]
-
-    def step_wait(self):
-        obs, rewards, dones, infos = zip(*self.ray.get(self.steps), strict=True)  # each of one environment: (1, ...)
-        return np.concatenate(obs), np.concatenate(rewards), np.concatenate(dones), [info for (info,) in infos]
-
-    def close(self):
-        closed = [actor.close.remote() for actor in self.actors]
-        self.ray.wait(closed, num_returns=len(closed))  # get would raise where an actor is dead
-        self.actors = []  # Ray ends an actor that nobody refers to
-
-
-def select_device(name: str, auto: str) -> torch.device:
-    """Return the device of that name; for "auto", the one that the script prefers."""
-    try:
-        return torch.zeros(1, device=auto if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}; try auto, cpu, cuda:N or mps") from None
-
-
 # === Network ==========================================================================================================
 
 
@@ -505,6 +326,185 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
                 returns[i].append(info["episode"]["r"])
     envs.close()
     return np.concatenate(returns)
+
+
+# === Environment ======================================================================================================
+
+
+class VectorEnv(gym.Wrapper):
+    """Gives an environment, as users write them, the form that the rest relies on.
+
+    Observations become float32 vectors, copied, since some environments overwrite theirs; Discrete, Tuple and Dict are
+    flattened. Actions become NumPy integers, as action_space.sample() gives them. The info becomes empty.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        space, actions = env.observation_space, env.action_space
+        picture = isinstance(space, gym.spaces.Box) and len(space.shape) > (1 if space.dtype == np.uint8 else 2)
+        if picture or not space.is_np_flattenable or not isinstance(actions, gym.spaces.Discrete):
+            needs = "this script needs vectors, discrete actions (pictures: dqn_atari.py; continuous: ppo_cartpole.py)"
+            raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; {needs}")
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(space),), np.float32)
+        self.action_space = gym.spaces.Discrete(int(actions.n))
+        # Not flatten for a Box: it casts to the space's dtype, and a uint8 space may hold fractions.
+        vector = partial(np.reshape, shape=self.observation_space.shape)
+        self.flatten = vector if isinstance(space, gym.spaces.Box) else partial(gym.spaces.flatten, space)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if seed is not None:  # reset seeds no spaces, but some environments draw from theirs
+            self.env.observation_space.seed(seed)
+            self.env.action_space.seed(seed)
+        return np.array(self.flatten(self.env.reset(seed=seed, options=options)[0]), np.float32), {}
+
+    def step(self, action: int):
+        obs, reward, terminated, truncated, _ = self.env.step(np.int64(action) + self.env.action_space.start)
+        return np.array(self.flatten(obs), np.float32), float(reward), bool(terminated), bool(truncated), {}
+
+
+def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None, **options):
+    """Return one environment; its info holds {"episode": {"r": return, "l": length}} where an episode ended."""
+    try:
+        env = gym.make(args.env_id, max_episode_steps=args.time_limit, **options)
+    except (gym.error.Error, ModuleNotFoundError) as error:  # no such id, or a package is missing
+        raise UsageError(f"--env-id {args.env_id}: {error}") from None
+    if evaluation and env.spec.max_episode_steps is None:
+        env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
+    env = gym.wrappers.RecordEpisodeStatistics(VectorEnv(env), buffer_length=1)
+    if video_dir is not None:
+        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)  # frames
+    return env
+
+
+def make_worker_env(args: Args, index: int):
+    """make_env in a worker process. Ctrl-C and schedulers signal all processes; only the main one is to see it."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # ignore the first; child processes would inherit SIG_IGN
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    if os.name == "posix":
+        os.setpgrp()
+    set_random_seed(np.random.SeedSequence((args.seed, index)).generate_state(1).item())  # no two workers draw alike
+    torch.set_num_threads(1)  # an environment that uses torch would start a thread per core in every worker
+    return make_env(args)
+
+
+def make_envs(args: Args):
+    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,).
+
+    A VecEnv resets an environment inside the step that ends its episode. That episode's last observation is then in
+    infos[i]["terminal_observation"]. infos[i]["TimeLimit.truncated"] says, at every step, whether it was only cut off.
+    """
+    make_env(args).close()  # an environment that fails is reported once, not by every worker
+    if args.vec_env == "dummy":
+        return DummyVecEnv([partial(make_env, args)] * args.num_envs)
+    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
+        multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # workers ignore SIGTERM
+    try:
+        return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
+    except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
+        failed = UsageError(f"--num-envs {args.num_envs}: a worker failed; see its error above, or give fewer")
+        raise (SystemExit(128 + Run.signal) if Run.signal else failed) from None
+
+
+class EnvPoolVecEnv:
+    """EnvPool's environments, behind what training uses of SB3's VecEnv; evaluations play Gymnasium's.
+
+    EnvPool resets an environment in the step after the one that ended its episode: that step ignores its action and
+    gives reward 0. Stored, it would be a transition that never happened. Here ended ones are reset inside that step.
+    """
+
+    def __init__(self, args: Args):
+        require(args, "vec_env", importlib.util.find_spec("envpool"), "first: pip install envpool")
+        import envpool
+
+        require(args, "env_id", args.env_id in envpool.list_all_envs(), "EnvPool has none of this name")
+        self.num_envs, env = args.num_envs, make_env(args)
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        self.time_limit = env.spec.max_episode_steps or 2**31 - 1
+        plain = env.unwrapped.observation_space.shape == env.observation_space.shape
+        require(args, "env_id", plain, "EnvPool's observations of it are no vectors")
+        env.close()
+        # The limit is counted here: EnvPool calls a fall at the very step of its limit a truncation.
+        self.make = partial(envpool.make_gymnasium, args.env_id, num_envs=args.num_envs, max_episode_steps=2**31 - 1)
+
+    def seed(self, seed: int):
+        self.pool = self.make(seed=seed)  # it takes seeds only here; environment i gets seed + i
+
+    def reset(self) -> np.ndarray:
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, np.int64)
+        return self.pool.reset()[0].astype(np.float32)
+
+    def step_async(self, actions: list[int]):
+        self.pool.send(np.array(actions))
+
+    def step_wait(self):
+        obs, rewards, terminated, _, _ = self.pool.recv()
+        obs = obs.astype(np.float32)  # a copy: what EnvPool returned stays as it is
+        self.returns += rewards
+        self.lengths += 1
+        truncated = (self.lengths >= self.time_limit) & ~terminated
+        infos = [{"TimeLimit.truncated": timeout} for timeout in truncated]
+        ended = np.flatnonzero(terminated | truncated)
+        for i in ended:
+            infos[i]["terminal_observation"] = obs[i].copy()
+            infos[i]["episode"] = {"r": self.returns[i], "l": self.lengths[i]}
+        if len(ended):
+            first_obs, info = self.pool.reset(ended.astype(np.int32))  # it reads 32 bits, and does not convert
+            obs[info["env_id"]] = first_obs
+            self.returns[ended], self.lengths[ended] = 0.0, 0
+        return obs, rewards, terminated | truncated, infos
+
+    def close(self):
+        self.pool = None  # ends its threads
+
+
+class RayVecEnv:
+    """SB3's DummyVecEnv of one environment in each of num_envs Ray actors, here or on the cluster at $RAY_ADDRESS."""
+
+    def __init__(self, args: Args):
+        require(args, "vec_env", importlib.util.find_spec("ray"), "first: pip install ray")
+        import ray
+
+        with make_env(args) as env:
+            self.observation_space, self.action_space = env.observation_space, env.action_space
+        address, handler = os.environ.get("RAY_ADDRESS", "local"), signal.getsignal(signal.SIGTERM)
+        # The nodes of a cluster are sent this script's folder, for modules of your own.
+        modules = {} if address == "local" else {"working_dir": sys.path[0] or ".", "excludes": ["runs"]}
+        try:
+            ray.init(address, runtime_env=modules, log_to_driver=False, ignore_reinit_error=True)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UsageError(f"--vec-env ray: RAY_ADDRESS {address}: {error}") from None
+        if signal.getsignal(signal.SIGTERM) != handler:
+            signal.signal(signal.SIGTERM, handler)  # Ray's own would end a run unsaved
+        self.ray, actor = ray, ray.remote(scheduling_strategy="SPREAD")(DummyVecEnv)
+        self.actors = [actor.remote([partial(make_worker_env, args, index)]) for index in range(args.num_envs)]
+        self.seed(0)  # waits for the actors: one that fails does so before there is a run directory
+
+    def seed(self, seed: int):
+        self.ray.get([actor.seed.remote(seed + i) for i, actor in enumerate(self.actors)])
+
+    def reset(self) -> np.ndarray:
+        return np.concatenate(self.ray.get([actor.reset.remote() for actor in self.actors]))
+
+    def step_async(self, actions: list[int]):
+        self.steps = [actor.step.remote([action]) for actor, action in zip(self.actors, actions, strict=True)]
+
+    def step_wait(self):
+        obs, rewards, dones, infos = zip(*self.ray.get(self.steps), strict=True)  # each of one environment: (1, ...)
+        return np.concatenate(obs), np.concatenate(rewards), np.concatenate(dones), [info for (info,) in infos]
+
+    def close(self):
+        closed = [actor.close.remote() for actor in self.actors]
+        self.ray.wait(closed, num_returns=len(closed))  # get would raise where an actor is dead
+        self.actors = []  # Ray ends an actor that nobody refers to
+
+
+def select_device(name: str, auto: str) -> torch.device:
+    """Return the device of that name; for "auto", the one that the script prefers."""
+    try:
+        return torch.zeros(1, device=auto if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}; try auto, cpu, cuda:N or mps") from None
 
 
 # ######################################################################################################################

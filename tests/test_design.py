@@ -21,7 +21,7 @@ from conftest import ROOT, SCRIPTS, load, rows_of, small, words
 README = ROOT / "README.md"
 OPTIONAL = {"wandb", "swanlab", "envpool", "ray"}  # imported only where a run asks for one
 DISTRIBUTIONS = {"ale_py": "ale-py", "cv2": "opencv-python-headless", "stable_baselines3": "stable-baselines3"}
-SECTIONS = ["Arguments", "Environment", "Network", "Replay memory|Rollout", "Equations", "Training", "Evaluation"]
+SECTIONS = ["Arguments", "Network", "Replay memory|Rollout", "Equations", "Training", "Evaluation", "Environment"]
 # What an algorithm is made of. Any other function or class that two scripts have is the same text in both.
 # (ppo_cartpole.py's VectorEnv takes continuous actions too.)
 MAY_DIFFER = {"Args", "make_env", "QNetwork", "ReplayMemory", "Batch", "td_loss", "train", "evaluate"}
