@@ -24,7 +24,7 @@ other environment whose observation is one 84x84 grey frame is learned too (docs
 
 Breakout without a GPU, the mean score of the last 100 training games, seed 1: on two cores 88 after an hour, which is a
 million transitions; another run, on one thread, 152 at 1.78 million; none has run to 10 million. Pong as above ends
-after 30 minutes on two cores (seed 3), and on one thread after 49, 58 and 65 (seeds 1 to 3). All bfloat16.
+after 28 minutes on two cores (seed 3), and on one thread after 49, 58 and 65 (seeds 1 to 3). All bfloat16.
 
 Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, seed 1
     return_mean_100      1.2        22       45       84           (whole games; a random player: about 1.3)
@@ -37,8 +37,8 @@ of play. An Atari game's train/episode_length counts frames, those of no-ops and
 transitions takes 7 GB, each game's process 17 MB. Without --checkpoint-memory a resumed run has an empty memory: it
 plays --learning-starts transitions before it learns on (give more than 20,000 to a run that was long).
 
-A training episode is a life; an evaluation plays the whole game. In both, a life begins with one no-op and, where
-action 1 is FIRE, actions 1 and 2: the agent never learns that FIRE begins a life, so the evaluation presses it too.
+A training episode is a life; an evaluation plays the whole game. In both, each further life begins with a no-op and,
+where action 1 is FIRE, actions 1 and 2: the agent never learns that FIRE begins a life, so evaluations press it too.
 train/episode_return is still the score of a whole game, unclipped.
 
 Differences from the paper: Adam, its learning rate falling from 2e-4 to 5e-5, instead of RMSProp; for the first million
@@ -165,7 +165,7 @@ def fit_memory(args: Args):
     if limit.exists() and limit.read_text() != "max\n":
         used = int(limit.with_name("memory.stat").read_text().split()[1])  # anon: what is no file's
         free = min(free, int(limit.read_text()) - used)
-    # A transition takes a frame and 8 bytes. 0.3 GB are for what else comes, as the games' processes; 0.1 is left over.
+    # A transition takes a frame and 8 bytes. 0.3 GB are kept for the games' processes, and a tenth of the rest free.
     fitting = max(0, int(0.9 * (free - 3e8))) // (84 * 84 + 8)
     require(args, "buffer_size", (args.buffer_size or 1) <= fitting, f"{fitting:,} transitions fit into free memory")
     if args.buffer_size is None:  # 0.9 of what fits: it has to fit again at a resume, with less memory free
@@ -664,7 +664,8 @@ def make_envs(args: Args):
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
     if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # workers ignore SIGTERM
+    others = multiprocessing.active_children()  # the workers made here are killed at exit: they ignore one SIGTERM
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p not in others])
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
     except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
@@ -809,7 +810,7 @@ class Run:
     def check(self, global_step: int, **values):
         """End the run at the step at which one of these is NaN or infinite; the last checkpoint is from before."""
         for name, value in values.items():
-            if not np.isfinite(value).all():
+            if not (np.abs(value) < 3.4e38).all():  # where float32 ends; of NaN nothing is true
                 raise SystemExit(f"{SCRIPT}: the {name} is not finite at step {global_step:,}")  # status 1
 
     def evaluate(self, global_step: int, seed: int):
@@ -819,7 +820,7 @@ class Run:
         mean, seconds = float(returns.mean()), now - self.started
         self.log(global_step, "eval", return_mean=mean, return_min=float(returns.min()))
         self.record["evaluations"].append([global_step, mean, seconds])
-        if all(mean >= earlier for _, earlier, _ in self.record["evaluations"]):
+        if not any(earlier > mean for _, earlier, _ in self.record["evaluations"]):
             save_checkpoint(self.dir / "best.pt", network=self.network, args=asdict(self.args))
         shown = [f"{name} {value:.3g}" for name, value in self.latest.items()][:4]
         tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")

@@ -463,19 +463,21 @@ class VectorEnv(gym.Wrapper):
             raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; {needs}")
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (gym.spaces.flatdim(space),), np.float32)
         self.action_space = gym.spaces.Discrete(int(actions.n))
-        # Not flatten for a Box: it casts to the space's dtype, and a uint8 space may hold fractions.
-        vector = partial(np.reshape, shape=self.observation_space.shape)
-        self.flatten = vector if isinstance(space, gym.spaces.Box) else partial(gym.spaces.flatten, space)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         if seed is not None:  # reset seeds no spaces, but some environments draw from theirs
             self.env.observation_space.seed(seed)
             self.env.action_space.seed(seed)
-        return np.array(self.flatten(self.env.reset(seed=seed, options=options)[0]), np.float32), {}
+        return self.vector(self.env.reset(seed=seed, options=options)[0]), {}
 
     def step(self, action: int):
         obs, reward, terminated, truncated, _ = self.env.step(np.int64(action) + self.env.action_space.start)
-        return np.array(self.flatten(obs), np.float32), float(reward), bool(terminated), bool(truncated), {}
+        return self.vector(obs), float(reward), bool(terminated), bool(truncated), {}
+
+    def vector(self, obs) -> np.ndarray:
+        if not isinstance(self.env.observation_space, gym.spaces.Box):  # flatten would cast the numbers of a Box
+            obs = gym.spaces.flatten(self.env.observation_space, obs)
+        return np.array(obs, np.float32).reshape(self.observation_space.shape)
 
 
 class CartPoleView(gym.ObservationWrapper):
@@ -549,7 +551,8 @@ def make_envs(args: Args):
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
     if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
         multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # workers ignore SIGTERM
+    others = multiprocessing.active_children()  # the workers made here are killed at exit: they ignore one SIGTERM
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p not in others])
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
     except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
@@ -683,7 +686,7 @@ class Run:
     def check(self, global_step: int, **values):
         """End the run at the step at which one of these is NaN or infinite; the last checkpoint is from before."""
         for name, value in values.items():
-            if not np.isfinite(value).all():
+            if not (np.abs(value) < 3.4e38).all():  # where float32 ends; of NaN nothing is true
                 raise SystemExit(f"{SCRIPT}: the {name} is not finite at step {global_step:,}")  # status 1
 
     def evaluate(self, global_step: int, seed: int):
@@ -693,7 +696,7 @@ class Run:
         mean, seconds = float(returns.mean()), now - self.started
         self.log(global_step, "eval", return_mean=mean, return_min=float(returns.min()))
         self.record["evaluations"].append([global_step, mean, seconds])
-        if all(mean >= earlier for _, earlier, _ in self.record["evaluations"]):
+        if not any(earlier > mean for _, earlier, _ in self.record["evaluations"]):
             save_checkpoint(self.dir / "best.pt", network=self.network, args=asdict(self.args))
         shown = [f"{name} {value:.3g}" for name, value in self.latest.items()][:4]
         tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")

@@ -1,6 +1,6 @@
 """Measure the memory of dqn_atari.py's main process, with a replay memory that is full.
 
-    python benchmarks/atari_memory.py                    # a million transitions: needs 8 GB
+    python benchmarks/atari_memory.py                    # a million transitions: needs 8.2 GB
     python benchmarks/atari_memory.py --buffer-size 30000
 
 It writes to every page of the replay memory, as a full one has been, trains for a few dozen gradient steps with games

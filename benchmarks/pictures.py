@@ -70,7 +70,7 @@ def play(script: ModuleType, args, network: torch.nn.Module, steps: int, seed: i
     """Yield the steps of an episode, or of a whole game: greedy, in Atari at eval_epsilon."""
     torch.manual_seed(seed)
     atari = hasattr(script, "push_frames")
-    env = script.make_env(args, render_mode="rgb_array" if screens else None)
+    env = script.make_env(args, **({"render_mode": "rgb_array"} if screens else {}))
     obs, ended = env.reset(seed=seed)[0], True
     stack = np.zeros((1, 4, 84, 84), np.uint8)
     for _ in range(steps):

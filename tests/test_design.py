@@ -34,7 +34,7 @@ OWN_LINES = {
 }
 # Of the plumbing: all lines, and those that are neither blank nor comment nor docstring.
 MAX_PLUMBING, MAX_PLUMBING_CODE = 240, 190
-MAX_LINES = {"dqn_cartpole": 654, "dqn_vecenv": 749, "ppo_cartpole": 679, "dqn_lstm_cartpole": 807, "dqn_atari": 933}
+MAX_LINES = {"dqn_cartpole": 657, "dqn_vecenv": 752, "ppo_cartpole": 682, "dqn_lstm_cartpole": 810, "dqn_atari": 934}
 MAX_DOCSTRING = defaultdict(lambda: 50, dqn_cartpole=30, ppo_cartpole=30)
 RUN_FILES = {"args.json", "progress.csv", "best.pt", "last.pt", "result.json"}
 RESULTS = {

@@ -384,10 +384,10 @@ def test_a_checkpoint_says_what_it_lacks(finished, cli, tmp_path):
     assert status == 2 and f"{run / 'last.pt'} cannot be used: it holds no memory and no optimizer\n" in err
 
 
-@pytest.mark.parametrize("flag", ["--run-dir", "--play"])
-def test_a_resumed_run_has_one_place_and_is_not_played(flag, finished, cli, tmp_path):
+@pytest.mark.parametrize("flag, value", [("--run-dir", ""), ("--run-dir", "other"), ("--play", "best.pt")])
+def test_a_resumed_run_has_one_place_and_is_not_played(flag, value, finished, cli, tmp_path):
     run = finished("dqn_cartpole", tmp_path / "run")
-    status, _, err = cli("--resume", run, flag, run / "best.pt")
+    status, _, err = cli("--resume", run, flag, run / value)
     assert status == 2 and "give it without --play and --run-dir" in " ".join(err.split()) and "Traceback" not in err
 
 
@@ -650,6 +650,15 @@ def test_nonsense_is_refused_before_anything_is_written(name, arguments, message
     assert message in flat(err)
     assert "Traceback" not in out + err
     assert list(tmp_path.iterdir()) == []
+
+
+@each_script
+def test_a_number_that_float32_cannot_hold_ends_the_run(name):
+    check = load(ROOT / f"{name}.py").Run.check
+    check(None, 8, reward=np.array([1e38, -1.0]))
+    for value in (1e39, -math.inf, math.nan):
+        with pytest.raises(SystemExit, match="the reward is not finite at step 8"):
+            check(None, 8, reward=np.array([0.0, value]))
 
 
 @each_script

@@ -359,7 +359,11 @@ def test_each_worker_is_seeded_for_itself():
     drawn = envs.reset()
     envs.close()
     seeds = [np.random.SeedSequence((7, i)).generate_state(1).item() for i in range(3)]
-    expected = [[random.Random(seed).random(), np.random.RandomState(seed).rand()] for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    expected = [
+        [random.Random(seed).random(), np.random.RandomState(seed).rand(), torch.rand((), generator=generator).item()]
+        for seed, generator in zip(seeds, generators, strict=True)
+    ]
     np.testing.assert_allclose(drawn, expected, rtol=1e-6)
 
 

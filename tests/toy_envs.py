@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.envs.classic_control import CartPoleEnv
 
 
@@ -257,15 +258,15 @@ def with_statistics():
 
 
 class GlobalRandom(Walk):
-    """Draws from random and from np.random."""
+    """Draws from random, np.random and torch."""
 
-    observation_space = gym.spaces.Box(0, 1, (2,), np.float32)
+    observation_space = gym.spaces.Box(0, 1, (3,), np.float32)
 
     def first(self):
         return self.see()
 
     def see(self):
-        return np.array([random.random(), np.random.rand()], np.float32)
+        return np.array([random.random(), np.random.rand(), torch.rand(()).item()], np.float32)
 
 
 class Samples(Walk):
