@@ -628,7 +628,7 @@ class Run:
     def check(self, global_step: int, **values):
         """End the run at the step at which one of these is NaN or infinite; the last checkpoint is from before."""
         for name, value in values.items():
-            if not (np.abs(value) < 3.4e38).all():  # where float32 ends; of NaN nothing is true
+            if not (np.abs(value) < 3.4e38).all():  # the largest float32; NaN is not below it either
                 raise SystemExit(f"{SCRIPT}: the {name} is not finite at step {global_step:,}")  # status 1
 
     def evaluate(self, global_step: int, seed: int):

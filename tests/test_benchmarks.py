@@ -80,6 +80,17 @@ def test_the_readmes_stay_short():
     assert max(len(readme.splitlines()) for readme in READMES) <= 220
 
 
+@pytest.mark.parametrize("readme", READMES, ids=["en", "zh"])
+def test_the_readmes_say_how_long_the_scripts_are(readme):
+    for path in SCRIPTS:
+        lines = path.read_text().splitlines()
+        assert re.search(rf"(?m)^\| \[`{path.name}`\].* \| {len(lines)} \|$", readme), path.name
+        plumbing = len(lines) - lines.index("# " + "#" * 118) - 1
+        assert len(re.findall(rf"\b{plumbing}\b", readme)) == 2  # in the text, and in the table of other projects
+    first = len((ROOT / "dqn_cartpole.py").read_text().splitlines())
+    assert len(re.findall(rf"\| {first}\b", readme)) == 2
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
     text = re.sub(r"(?ms)^```.*?^```$", "", path.read_text())
