@@ -34,8 +34,8 @@ Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, 
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. An Atari game's train/episode_length counts frames, those of no-ops and FIRE too. A memory of a million
-transitions takes 7 GB, each game's process 17 MB. Without --checkpoint-memory a resumed run has an empty memory: it
-plays --learning-starts transitions before it learns on (give more than 20,000 to a run that was long).
+transitions takes 7 GB, each game's process 17 MB (Windows: 160). Without --checkpoint-memory a resumed run begins with
+an empty one, and plays --learning-starts transitions before it learns on (give more than 20,000 to a long run).
 
 A training episode is a life; an evaluation plays the whole game. In both, each further life begins with a no-op and,
 where action 1 is FIRE, actions 1 and 2: the agent never learns that FIRE begins a life, so evaluations press it too.
@@ -93,7 +93,7 @@ Count = Annotated[int, 1, 10**9]  # a type, and the range that a flag must lie i
 Positive = Annotated[float, 1e-12, 1e9]
 NonNegative = Annotated[float, 0, 1e9]
 Fraction = Annotated[float, 0, 1]
-CONTAINER_LIMIT = "/sys/fs/cgroup/memory.max"  # Linux: bytes, or "max"
+CONTAINER_LIMIT = "/sys/fs/cgroup/memory.max"  # Linux: bytes, or "max"; a batch job's limit may stand elsewhere
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Args:
 
     # algorithm
     total_timesteps: Count = 10_000_000  # transitions, summed over the environments; 4 emulator frames each
-    learning_starts: Count = 20_000  # transitions before the first gradient step; again after a resume without memory
+    learning_starts: Count = 20_000  # transitions before the first gradient step; also after a resume without memory
     train_frequency: Count = 6  # transitions played per gradient step
     target_frequency: Count = 4_000  # transitions per copy of the network into the target network
     gamma: Fraction = 0.99  # discount per step
@@ -165,11 +165,11 @@ def fit_memory(args: Args):
     if limit.exists() and limit.read_text() != "max\n":
         used = int(limit.with_name("memory.stat").read_text().split()[1])  # anon: what is no file's
         free = min(free, int(limit.read_text()) - used)
-    # A transition takes a frame and 8 bytes. 0.3 GB are kept for the games' processes, and a tenth of the rest free.
-    fitting = max(0, int(0.9 * (free - 3e8))) // (84 * 84 + 8)
-    require(args, "buffer_size", (args.buffer_size or 1) <= fitting, f"{fitting:,} transitions fit into free memory")
+    free -= 3e8 if "forkserver" in multiprocessing.get_all_start_methods() else 1.5e9  # for the games' processes
+    fit = max(0, int(0.9 * free)) // (84 * 84 + 8)  # transitions: a frame and 8 bytes each
+    require(args, "buffer_size", (args.buffer_size or args.learning_starts) <= fit, f"{fit:,} fit into free memory")
     if args.buffer_size is None:  # 0.9 of what fits: it has to fit again at a resume, with less memory free
-        args.buffer_size = min(1_000_000, math.ceil(0.9 * fitting))
+        args.buffer_size = min(1_000_000, math.ceil(0.9 * fit))
         if args.buffer_size < 1_000_000:
             print(f"the replay memory holds {args.buffer_size:,} transitions, not 1,000,000: 0.9 of what fits")
 
@@ -329,7 +329,7 @@ class ReplayMemory:
     def load_state_dict(self, state: dict):
         """Restore; begin must follow, since the environments start new episodes."""
         if state["size"].tolist() != [self.capacity, self.num_envs]:
-            raise ValueError("its replay memory has another --buffer-size or --num-envs")
+            raise ValueError("its memory has another --buffer-size or --num-envs; --no-checkpoint-memory leaves it out")
         self.filled = len(state["frames"])
         self.arrays["drawable"][:] = False
         for name, array in self.arrays.items():
@@ -387,7 +387,7 @@ def train(args: Args) -> dict:
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, **kept)
     global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
     # After a resume, count on from here: no gradient steps to catch up on, whatever --train-frequency is now.
-    learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
+    learning_starts = max(args.learning_starts, global_step) - gradient_steps * args.train_frequency
     if args.resume and not args.checkpoint_memory:  # the memory is empty: as many transitions again before learning
         learning_starts = global_step - gradient_steps * args.train_frequency + args.learning_starts
         tqdm.write(f"no learning until {args.learning_starts:,} transitions have refilled the replay memory")
@@ -715,6 +715,7 @@ def check_args(args):
     require(args, "time_limit", args.time_limit != 0, "give a number of steps, or -1 for no limit")
     require(args, "resume", not (args.resume and (args.play or args.run_dir)), "give it without --play and --run-dir")
     require(args, "track", args.track == "none" or importlib.util.find_spec(args.track), "pip install it first")
+    require(args, "video", not args.video or importlib.util.find_spec("moviepy"), "pip install moviepy first")
     screen = sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
     require(args, "render", not args.render or (args.play and screen), "needs --play CHECKPOINT and a screen")
 
@@ -902,11 +903,11 @@ def parse_args():
     return args
 
 
-def on_signal(number: int, frame):  # the run ends after its step, with a checkpoint; a second signal ends it at once
+def on_signal(number: int, frame):  # the run saves and ends after its iteration; a second signal ends it at once
     Run.signal = number
     signal.signal(number, signal.SIG_DFL)
     try:  # print could be interrupted by itself
-        os.write(2, b"\nstopping after this step, evaluation or final result; once more stops at once\n")
+        os.write(2, b"\nstopping after this iteration, evaluation or final result; once more stops at once\n")
     except OSError:  # the terminal was closed: nothing more can be written to it
         os.dup2(os.dup2(os.open(os.devnull, os.O_WRONLY), 1), 2)
 

@@ -348,7 +348,7 @@ def train(args: Args) -> dict:
     run = Run(args, envs, average_network, **parts)  # the average is what is evaluated, kept as best.pt and played
     global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
     # After a resume, count on from here: no gradient steps to catch up on, whatever --train-frequency is now.
-    learning_starts = global_step - gradient_steps * args.train_frequency if gradient_steps else args.learning_starts
+    learning_starts = max(args.learning_starts, global_step) - gradient_steps * args.train_frequency
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     obs = envs.reset()
     state = q_network.initial_state(args.num_envs)  # (num_envs, 2, num_layers, hidden_size)
@@ -591,6 +591,7 @@ def check_args(args):
     require(args, "time_limit", args.time_limit != 0, "give a number of steps, or -1 for no limit")
     require(args, "resume", not (args.resume and (args.play or args.run_dir)), "give it without --play and --run-dir")
     require(args, "track", args.track == "none" or importlib.util.find_spec(args.track), "pip install it first")
+    require(args, "video", not args.video or importlib.util.find_spec("moviepy"), "pip install moviepy first")
     screen = sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
     require(args, "render", not args.render or (args.play and screen), "needs --play CHECKPOINT and a screen")
 
@@ -778,11 +779,11 @@ def parse_args():
     return args
 
 
-def on_signal(number: int, frame):  # the run ends after its step, with a checkpoint; a second signal ends it at once
+def on_signal(number: int, frame):  # the run saves and ends after its iteration; a second signal ends it at once
     Run.signal = number
     signal.signal(number, signal.SIG_DFL)
     try:  # print could be interrupted by itself
-        os.write(2, b"\nstopping after this step, evaluation or final result; once more stops at once\n")
+        os.write(2, b"\nstopping after this iteration, evaluation or final result; once more stops at once\n")
     except OSError:  # the terminal was closed: nothing more can be written to it
         os.dup2(os.dup2(os.open(os.devnull, os.O_WRONLY), 1), 2)
 

@@ -310,7 +310,7 @@ def train(args: Args) -> dict:
         metrics = {"policy_loss": policy_loss.item(), "value_loss": value_loss.item(), "entropy": entropy.mean().item()}
         metrics["approx_kl"] = approx_kl(log_ratio)
         metrics["clip_fraction"] = ((log_ratio.exp() - 1.0).abs() > clip_coef).float().mean().item()
-        metrics["explained_variance"] = 1.0 - float((returns - values[:-1]).var() / max(returns.var(), 1e-8))
+        metrics["explained_variance"] = 1.0 - float((returns - values[:-1]).var() / max(returns.var(), 1e-30))
         run.log(global_step, "train", **metrics, learning_rate=learning_rate)
 
         # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
@@ -463,6 +463,7 @@ def check_args(args):
     require(args, "time_limit", args.time_limit != 0, "give a number of steps, or -1 for no limit")
     require(args, "resume", not (args.resume and (args.play or args.run_dir)), "give it without --play and --run-dir")
     require(args, "track", args.track == "none" or importlib.util.find_spec(args.track), "pip install it first")
+    require(args, "video", not args.video or importlib.util.find_spec("moviepy"), "pip install moviepy first")
     screen = sys.platform != "linux" or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"}
     require(args, "render", not args.render or (args.play and screen), "needs --play CHECKPOINT and a screen")
 
@@ -650,11 +651,11 @@ def parse_args():
     return args
 
 
-def on_signal(number: int, frame):  # the run ends after its step, with a checkpoint; a second signal ends it at once
+def on_signal(number: int, frame):  # the run saves and ends after its iteration; a second signal ends it at once
     Run.signal = number
     signal.signal(number, signal.SIG_DFL)
     try:  # print could be interrupted by itself
-        os.write(2, b"\nstopping after this step, evaluation or final result; once more stops at once\n")
+        os.write(2, b"\nstopping after this iteration, evaluation or final result; once more stops at once\n")
     except OSError:  # the terminal was closed: nothing more can be written to it
         os.dup2(os.dup2(os.open(os.devnull, os.O_WRONLY), 1), 2)
 

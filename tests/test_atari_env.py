@@ -236,6 +236,19 @@ def test_bonus_lives_of_a_game_cut_short_are_forgotten():
     assert not env.step(0)[2]
 
 
+def test_rewards_of_a_game_are_raw_or_signs():
+    for clip, largest in ((False, 10), (True, 1)):  # a pellet
+        env = make_env(arguments("MsPacmanNoFrameskip-v4", clip_rewards=clip))
+        env.reset(seed=0)
+        assert max(env.step(action)[1] for action in np.random.default_rng(0).integers(9, size=100)) == largest
+
+
+def test_a_game_takes_one_thread():
+    cv2.setNumThreads(2)
+    make_env(arguments())
+    assert cv2.getNumThreads() == 1
+
+
 def test_time_limit():
     limits = {
         n: make_env(arguments(time_limit=n)).unwrapped.ale.getInt("max_num_frames_per_episode") for n in [None, 50, -1]

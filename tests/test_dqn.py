@@ -329,13 +329,27 @@ def test_a_run_ends_once_its_last_100_episodes_have_the_target_return(target_ret
     assert result["global_step"] == steps
 
 
+@pytest.mark.parametrize("name", ["dqn_cartpole", "dqn_atari", "dqn_lstm_cartpole"])
+def test_it_learns_while_the_environments_step(name, tmp_path, monkeypatch):
+    module, order = load(Path(name)), []
+
+    def noting(owner, function):
+        original = getattr(owner, function)
+        monkeypatch.setattr(owner, function, lambda *args: order.append(function) or original(*args))
+
+    noting(module.DummyVecEnv, "step_async"), noting(module.DummyVecEnv, "step_wait"), noting(module, "td_loss")
+    train(name, tmp_path / "run", eval_every=10**9)
+    learning = order.index("td_loss")
+    assert order[learning - 1] == "step_async" and order[learning:].count("step_async") > 10
+
+
 def test_exploration_is_drawn_for_each_environment(run, memories, monkeypatch):
     monkeypatch.setattr(dqn.QNetwork, "forward", lambda self, obs: torch.eye(5)[0].expand(len(obs), 5))
     half = {"epsilon_start": 0.5, "epsilon_end": 0.5, "num_envs": 8, "buffer_size": 4_000}
     run(**half, total_timesteps=3_200, learning_starts=3_199)
     actions = memories[0].columns.actions[:3_200].reshape(400, 8).numpy()
     # Action 0 is greedy, and one of five random ones: 0.6 of all actions.
-    assert np.mean(actions == 0) == pytest.approx(0.6, abs=0.04)
+    assert np.bincount(actions.flatten(), minlength=5) / actions.size == pytest.approx([0.6, *[0.1] * 4], abs=0.03)
     # One draw for the whole step would leave half of the steps all greedy; eight draws leave 0.6 ** 8 = 0.017.
     assert np.mean((actions == 0).all(axis=1)) < 0.06
     # One random action for all who explore would give a step at most two different ones.
@@ -693,12 +707,16 @@ def test_a_resumed_run_begins_new_episodes(run, memories, tmp_path):
     assert not before & after  # and other ones than those that it has seen
 
 
-@pytest.mark.parametrize("flags, steps", [({"train_frequency": 8}, 400 // 8), ({"learning_starts": 500}, 400 // 4)])
-def test_a_resumed_run_trains_as_often_as_its_flags_say_from_there_on(flags, steps, run, tmp_path):
-    assert run(total_timesteps=400, learning_starts=100, num_envs=2)["gradient_steps"] == 300 // 4
+@pytest.mark.parametrize("before, flags, steps", [
+    (100, {"train_frequency": 8}, 400 // 8),
+    (100, {"learning_starts": 500}, 300 // 4),
+    (399, {"learning_starts": 100}, 400 // 4),  # nothing to catch up on, also where no gradient step was taken before
+])  # fmt: skip
+def test_a_resumed_run_trains_as_often_as_its_flags_say_from_there_on(before, flags, steps, run, tmp_path):
+    assert run(total_timesteps=400, learning_starts=before, num_envs=2)["gradient_steps"] == (400 - before) // 4
     changes = {"num_envs": 2, "total_timesteps": 800, "learning_starts": 100, "optimizer_eps": 0.5, **flags}
     result = train("dqn_cartpole", "", **{**TOY, **changes}, resume=str(tmp_path / "run"))
-    assert result["gradient_steps"] == 300 // 4 + steps
+    assert result["gradient_steps"] == (400 - before) // 4 + steps
     assert checkpoint_of(tmp_path / "run")["optimizer"]["param_groups"][0]["eps"] == 0.5
 
 
@@ -729,11 +747,23 @@ def test_what_does_not_fit_the_checkpoint_is_one_line_and_nothing_is_written(fla
 
 
 def test_a_window_shows_three_episodes(trained, cli, monkeypatch):
-    frames, render_frame = [], CartPoleEnv.render
+    frames, begun, render_frame, reset = [], [], CartPoleEnv.render, CartPoleEnv.reset
     monkeypatch.setattr(CartPoleEnv, "render", lambda env: frames.append(env.render_mode) or render_frame(env))
+
+    def begin(env, *, seed=None, options=None):
+        begun.append(seed)
+        return reset(env, seed=seed, options=options)
+
+    monkeypatch.setattr(CartPoleEnv, "reset", begin)
     status, out, _ = cli("--play", trained / "best.pt", "--render", "--time-limit", 5)
     assert status == 0 and out.count("return 5.0\n") == 3
-    assert frames.count("human") > 3 * 5
+    assert frames.count("human") > 3 * 5 and len(set(begun) - {None, 0}) == 3  # 0: to see whether it can be drawn
+
+
+def test_a_window_is_refused_where_nothing_can_be_drawn(cli, tmp_path):
+    train("dqn_cartpole", tmp_path / "run", env_id="toy_envs:Constant-v0")
+    status, _, err = cli("--play", tmp_path / "run" / "best.pt", "--render")
+    assert status == 2 and "--render True: this environment cannot draw itself" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["best.pt", "last.pt"])

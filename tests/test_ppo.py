@@ -387,9 +387,8 @@ def test_truncation_does_not_end_the_value(tmp_path):
 
 
 def test_target_kl_ends_the_epochs_early(tmp_path):
-    free = ppo.train(options(tmp_path / "free", learning_rate=0.1, update_epochs=10))
-    held = ppo.train(options(tmp_path / "held", learning_rate=0.1, update_epochs=10, target_kl=1e-4))
-    assert held["gradient_steps"] < free["gradient_steps"] / 2
+    held = ppo.train(options(tmp_path, learning_rate=0.1, update_epochs=10, target_kl=0.0))
+    assert held["gradient_steps"] == 3 * 3  # 3 rollouts, one pass over 3 minibatches each
 
 
 def trained(tmp_path, name, **changes):
@@ -403,6 +402,7 @@ def test_the_same_seed_gives_the_same_parameters_to_the_bit(tmp_path):
     first = trained(tmp_path, "a", seed=1)
     assert torch.equal(first, trained(tmp_path, "b", seed=1))
     assert not torch.equal(first, trained(tmp_path, "c", seed=2))
+    assert torch.equal(first, trained(tmp_path, "d", seed=1, eval_every=24))
 
 
 def test_the_seed_reaches_the_initial_weights(tmp_path):
@@ -454,6 +454,12 @@ def test_what_is_logged_is_of_the_last_minibatch(tmp_path, monkeypatch):
     assert logged["train/approx_kl"] == pytest.approx(ppo.approx_kl(log_ratio))
     assert logged["train/policy_loss"] == pytest.approx(loss)
     assert logged["train/value_loss"] == pytest.approx(value_losses[-1].item())
+    assert logged["train/learning_rate"] == pytest.approx(0.1 / 3)  # of the last of 3 rollouts
+
+
+def test_a_run_ends_once_its_last_100_episodes_have_the_target_return(tmp_path):
+    flags = {"env_id": "toy_envs:Constant-v0", "time_limit": 1, "total_timesteps": 240}  # each step is an episode
+    assert ppo.train(options(tmp_path, **flags, target_return=1.0))["global_step"] == 120  # of 24 each
 
 
 def test_explained_variance_is_of_the_rollout(tmp_path, monkeypatch):

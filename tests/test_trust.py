@@ -352,6 +352,8 @@ def test_flags_given_with_a_resume_replace_the_saved_ones_and_are_said(name, fin
     ]
     assert checkpoint_of(run)["counts"]["global_step"] == 600
     assert json.loads((run / "args.json").read_text()).items() >= {"gamma": 0.5, "seed": 3}.items()
+    play = ("--play", run / "last.pt", "--final-eval-episodes", 1)  # its --resume is among the saved flags
+    assert cli(*play, script=f"{name}.py")[0] == 0
 
 
 # --- Checkpoints from strangers ---
@@ -625,6 +627,7 @@ ANY = {
     "film of what draws nothing": (["--env-id", "toy_envs:Blank-v0", *FILM], "--video True: this"),
     "film of what forgets its mode": (["--env-id", "toy_envs:ForgetsMode-v0", *FILM], "--video True: this"),
     "film of what takes no mode": (["--env-id", "toy_envs:FixedMode-v0", *FILM], "--video True: this"),
+    "film without moviepy": (FILM, "--video True: pip install moviepy first"),
     "learning never starts": (["--learning-starts", 900, "--total-timesteps", 500], "--learning-starts 900"),
 }
 OWN = {
@@ -645,6 +648,8 @@ NONSENSE = [
 @pytest.mark.parametrize("name, arguments, message", NONSENSE)
 def test_nonsense_is_refused_before_anything_is_written(name, arguments, message, cli, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    if "moviepy" in message:
+        monkeypatch.setitem(sys.modules, "moviepy", None)
     status, out, err = cli(*arguments, script=f"{name}.py")
     assert status == 2
     assert message in flat(err)

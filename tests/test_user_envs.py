@@ -153,6 +153,21 @@ def test_every_seed_fits_into_a_c_int_and_no_episode_is_seen_twice(name, tmp_pat
         assert len(set(seeds)) >= 6 and all(0 <= value < 2**31 - 1_000 for value in seeds)
         final = seeds[-2:]
         assert seeds[-4:-2] == final and not set(seeds[:-4]) & set(final)
+        begun, seeds[:] = set(seeds), []
+        changes["total_timesteps"] = 48
+        train(name, "", env_id="toy_envs:IntSeed-v0", resume=str(tmp_path / str(seed)), seed=seed, **changes)
+        changes["total_timesteps"] = 24
+        assert not set(seeds[:2]) & begun  # a resumed run sees new episodes
+
+
+@each_script
+def test_a_training_takes_one_thread(name, tmp_path):
+    torch.set_num_threads(2)
+    try:
+        train(name, tmp_path / "run", total_timesteps=200)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)
 
 
 # --- How many there are, and what a checkpoint holds of them ---

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import itertools
+import multiprocessing
 import os
 import pickle
 import random
@@ -102,6 +103,7 @@ class FakeRay:
             return SimpleNamespace(remote=call)
 
     called: ClassVar[list] = []
+    numbers: ClassVar[list] = []  # of the workers made
 
     def init(self, address, runtime_env, log_to_driver, ignore_reinit_error):
         if address.endswith(":1"):
@@ -134,6 +136,7 @@ def fake_ray(monkeypatch):
 
 
 def toy_worker(args, index):
+    FakeRay.numbers.append(index)
     return dqn.make_env(args)
 
 
@@ -178,10 +181,11 @@ def test_memory_holds_exactly_what_happened(vec_env, env_id, run, memories, fake
     assert_memory_holds_what_happened(memories[0], env_id, 3)
 
 
+@pytest.mark.parametrize("limit, lengths", [(None, {3, 4}), (2, {2}), (-1, {3, 4, 5})])
 @pytest.mark.parametrize("backend", [dqn.EnvPoolVecEnv, dqn.RayVecEnv])
-def test_it_answers_as_sb3_does(backend, fake_envpool, fake_ray):
-    envs = backend(dqn.Args(env_id="toy_envs:Mixed-v0", num_envs=16))
-    expected = dqn.make_envs(dqn.Args(env_id="toy_envs:Mixed-v0", num_envs=16, vec_env="dummy"))
+def test_it_answers_as_sb3_does(backend, limit, lengths, fake_envpool, fake_ray):
+    flags = {"env_id": "toy_envs:Mixed-v0", "num_envs": 16, "time_limit": limit}
+    envs, expected = backend(dqn.Args(**flags)), dqn.make_envs(dqn.Args(**flags, vec_env="dummy"))
     assert (envs.observation_space, envs.action_space) == (expected.observation_space, expected.action_space)
     rng, episodes = np.random.default_rng(0), []
     for either in (envs, expected):
@@ -203,14 +207,16 @@ def test_it_answers_as_sb3_does(backend, fake_envpool, fake_ray):
                 np.testing.assert_array_equal(info["terminal_observation"], info2["terminal_observation"])
                 assert [info["episode"][k] for k in "rl"] == [info2["episode"][k] for k in "rl"]
                 episodes.append(info["episode"]["l"])
-    assert set(episodes) == {3, 4}
+    assert set(episodes) == lengths
 
 
 def test_actors_of_ray_end_with_the_run_and_get_the_folder_only_on_a_cluster(run, fake_ray, monkeypatch):
     run(vec_env="ray", num_envs=3)
     assert fake_ray.called[-3:] == ["close"] * 3
     assert (fake_ray.address, fake_ray.runtime_env) == ("local", {})
+    fake_ray.numbers.clear()
     envs = dqn.RayVecEnv(dqn.Args(vec_env="ray", num_envs=3))
+    assert fake_ray.numbers == [0, 1, 2]  # each draws its own random numbers
     actors = [weakref.ref(actor) for actor in envs.actors]
     envs.close()
     assert [actor() for actor in actors] == [None] * 3  # nobody refers to them
@@ -357,6 +363,8 @@ def test_it_learns_the_same_as_dqn_cartpole_to_the_bit(tmp_path):
 def test_each_worker_is_seeded_for_itself():
     envs = dqn.make_envs(dqn.Args(env_id="toy_envs:GlobalRandom-v0", num_envs=3, seed=7))
     drawn = envs.reset()
+    groups = {os.getpgid(process.pid) for process in envs.processes}  # what a terminal signals at once
+    assert len(groups) == 3 and os.getpgrp() not in groups
     envs.close()
     seeds = [np.random.SeedSequence((7, i)).generate_state(1).item() for i in range(3)]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -365,6 +373,13 @@ def test_each_worker_is_seeded_for_itself():
         for seed, generator in zip(seeds, generators, strict=True)
     ]
     np.testing.assert_allclose(drawn, expected, rtol=1e-6)
+
+
+def test_the_fork_server_loads_what_the_workers_need(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(multiprocessing, "set_forkserver_preload", loaded.extend)
+    dqn.make_envs(dqn.Args(num_envs=1)).close()
+    assert len(loaded) >= 4 and all(map(importlib.util.find_spec, loaded))
 
 
 SAFETY_NET = 300  # seconds, which no loaded machine takes
