@@ -192,7 +192,7 @@ def test_the_state_of_another_memory_is_refused(num_envs, buffer_size):
     run = Run(num_envs, buffer_size, seed=3)
     for _ in range(60):
         run.step()
-    with pytest.raises(ValueError, match="another --buffer-size or --num-envs"):
+    with pytest.raises(ValueError, match="another --buffer-size or --num-envs; --no-checkpoint-memory leaves it out"):
         ReplayMemory(30, 3).load_state_dict(run.memory.state_dict())
 
 

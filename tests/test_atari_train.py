@@ -87,15 +87,19 @@ def test_a_memory_that_does_not_fit_shrinks_unless_it_was_asked_for(free, limit,
     assert asked.buffer_size == 127_000 and capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="--buffer-size 130000: 127,406 fit into free memory"):
         fit_memory(Args(buffer_size=130_000))
+    with pytest.raises(ValueError, match="127,406 fit"):
+        fit_memory(Args(learning_starts=130_000))  # the memory would forget before it learns
 
 
 def test_a_million_transitions_where_they_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dqn_atari, "CONTAINER_LIMIT", tmp_path / "none")
-    monkeypatch.setattr(
-        "psutil.virtual_memory", lambda: SimpleNamespace(available=9.03e9)
-    )  # 10^6 * (84 * 84 + 8) / 0.9^2 + 3e8
+    free = SimpleNamespace(available=9.03e9)  # 10^6 * (84 * 84 + 8) / 0.9^2 + 3e8
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
     fit_memory(args := Args())
     assert args.buffer_size == 1_000_000 and capsys.readouterr().out == ""
+    monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])  # as on Windows
+    fit_memory(args := Args())
+    assert args.buffer_size == 863_434
 
 
 def test_a_run_whose_memory_shrank_is_resumed_with_the_same_where_less_is_free(tmp_path, monkeypatch, capsys):
