@@ -50,11 +50,11 @@ the pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradien
 5. If fewer than 2 steps of the episode precede the first step with loss, the sequence starts at o0, with a state of
    zeros and no burn-in. If the memory has overwritten them, it starts at the oldest left, with the state stored there.
 
-Differences from R2D2: vectors; sequences of 16 steps after 8, not 80 after 40, which start anywhere; no distributed
-actors; a target that moves a little at a time; layer normalisation; clipped gradients; a learning rate that falls; an
-average of the weights is evaluated (after Polyak and Juditsky 1992); a bootstrap where time ran out. No prioritised
-replay, double or dueling networks, or rescaled values. Differences from dqn_cartpole.py: units and the last action in
-make_env; sequences, unroll, n-step targets, a recurrent state per environment, all of the above; other defaults.
+Differences from R2D2: vectors; no last reward in the input; sequences of 16 steps after 8, not 80 after 40, which start
+anywhere; no distributed actors; a target that moves a little at a time; layer normalisation; clipped gradients; a
+learning rate that falls; an average of the weights is evaluated (after Polyak and Juditsky 1992); a bootstrap where
+time ran out. No prioritised replay, double or dueling networks, rescaled values. Differences from dqn_cartpole.py:
+units and the last action in make_env; sequences, unroll, n-step targets, a state per environment; other defaults.
 """
 
 import argparse
