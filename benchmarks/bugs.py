@@ -350,6 +350,8 @@ def draw(name: str, folder: Path):
                 points = [(int(row["step"]), float(row["value"])) for row in rows if row["seed"] == seed]
                 axis.plot(*zip(*points, strict=True), colour, linewidth=1.2, label=label)
                 label = None  # one line of the legend for all seeds
+        if axis.get_ylim()[1] > 1e4:  # 3e7 beside 100
+            axis.set_yscale("log")
         axis.set_title(TITLES[metric], fontsize=9)
         axis.set_xlabel("transitions", fontsize=8)
         axis.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
