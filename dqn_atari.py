@@ -852,10 +852,10 @@ class Run:
     def finish(self, eval_seed: int, final_seed: int) -> dict:
         """Save; judge the final and the best network by seeds not used so far; write result.json."""
         self.bar.close()
+        self.envs.close()  # before the evaluations: of some environments only few can exist at a time
         if self.counts["global_step"] not in [evaluation[0] for evaluation in self.record["evaluations"]]:
             self.evaluate(self.counts["global_step"], eval_seed)  # the final network may be the best
         self.save()
-        self.envs.close()  # before the final evaluations: of some environments only few can exist at a time
         args, best_network, seconds = self.args, copy.deepcopy(self.network), self.record["seconds"]
         if (self.dir / "best.pt").exists():  # unless somebody took it away
             load_checkpoint(self.dir / "best.pt", network=best_network)
