@@ -194,7 +194,7 @@ def test_at_most_num_envs_exist_beside_those_of_the_training_and_none_of_those_a
     around.clear()
     changes |= {"eval_episodes": 10, "final_eval_episodes": 10, "eval_every": 10**9}
     train(name, tmp_path / "none on the way", env_id="toy_envs:Counted-v0", **changes)
-    assert [(0, 3, 0)] * 3 == around
+    assert around == [(0, 3, 0)] * 3
 
 
 @each_script
