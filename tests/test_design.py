@@ -224,11 +224,6 @@ def test_dqn_vecenv_is_dqn_cartpole_with_other_vector_environments():
 
 
 @each_script
-def test_lines_fit(path):
-    assert max(len(line) for line in path.read_text().splitlines()) <= 120
-
-
-@each_script
 def test_the_parts_stay_short(path):
     text, (_, plumbing) = path.read_text(), split(path)
     docstring = ast.parse(text).body[0]

@@ -535,14 +535,6 @@ def test_a_resumed_run_begins_new_episodes_and_no_sequence_joins_the_old_ones(tm
     assert ((started >= 200) == (last >= 200)).all()
 
 
-@pytest.mark.parametrize("flag", ["num_envs", "buffer_size"])
-def test_a_run_does_not_go_on_with_a_memory_of_another_shape(flag, tmp_path):
-    args = options(tmp_path, **SHORT)
-    lstm.train(args)
-    with pytest.raises(lstm.UsageError, match=r"last\.pt cannot be used: its replay memory has another --buffer-size"):
-        lstm.train(replace(args, run_dir="", resume=args.run_dir, **{flag: 4}))
-
-
 # --- The TD target ---
 
 
