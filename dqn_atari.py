@@ -35,7 +35,7 @@ Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. An Atari game's train/episode_length counts frames, those of no-ops and FIRE too. A memory of a million
 transitions takes 7 GB, each game's process 17 MB (Windows: 160). Without --checkpoint-memory a resumed run begins with
-an empty one, and plays --learning-starts transitions before it learns on (give more than 20,000 to a long run).
+an empty memory, and plays --learning-starts transitions before it learns on (for a long run give more than 20,000).
 
 A training episode is a life; an evaluation plays the whole game. In both, each further life begins with a no-op and,
 where action 1 is FIRE, actions 1 and 2: the agent never learns that FIRE begins a life, so evaluations press it too.
@@ -159,19 +159,19 @@ class Args:
 
 
 def fit_memory(args: Args):
-    """Set args.buffer_size to its default, or to 0.9 of what fits; refuse what was asked for and does not fit."""
-    # The memory takes its pages as it fills: without this check a run would be killed hours after its start.
+    """Set args.buffer_size to its default; refuse what does not fit: as it fills, it would end the run hours later."""
     free, limit = psutil.virtual_memory().available, Path(CONTAINER_LIMIT)
     if limit.exists() and limit.read_text() != "max\n":
-        used = int(limit.with_name("memory.stat").read_text().split()[1])  # anon: what is no file's
-        free = min(free, int(limit.read_text()) - used)
-    free -= 3e8 if "forkserver" in multiprocessing.get_all_start_methods() else 1.5e9  # for the games' processes
-    fit = max(0, int(0.9 * free)) // (84 * 84 + 8)  # transitions: a frame and 8 bytes each
-    require(args, "buffer_size", (args.buffer_size or args.learning_starts) <= fit, f"{fit:,} fit into free memory")
+        used = limit.with_name("memory.stat").read_text().split()[1]  # anon: what is no file's
+        free = min(free, int(limit.read_text()) - int(used))
+    free -= 3e8 if "forkserver" in multiprocessing.get_all_start_methods() else 1.6e8 * args.num_envs  # the games
+    fit = max(0, int(0.9 * free)) // (84 * 84 + 8)  # transitions: a frame and 8 bytes each; a tenth stays free
     if args.buffer_size is None:  # 0.9 of what fits: it has to fit again at a resume, with less memory free
         args.buffer_size = min(1_000_000, math.ceil(0.9 * fit))
         if args.buffer_size < 1_000_000:
             print(f"the replay memory holds {args.buffer_size:,} transitions, not 1,000,000: 0.9 of what fits")
+        require(args, "learning_starts", args.learning_starts <= args.buffer_size, "the replay memory holds fewer")
+    require(args, "buffer_size", args.buffer_size <= fit, f"{fit:,} transitions fit into free memory")
 
 
 # === Network ==========================================================================================================
@@ -386,7 +386,7 @@ def train(args: Args) -> dict:
     kept = {"memory": memory} if args.checkpoint_memory else {}
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, **kept)
     global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
-    # After a resume, count on from here: no gradient steps to catch up on, whatever --train-frequency is now.
+    # After a resume, count on from here: no gradient steps to catch up on, whatever the flags are now.
     learning_starts = max(args.learning_starts, global_step) - gradient_steps * args.train_frequency
     if args.resume and not args.checkpoint_memory:  # the memory is empty: as many transitions again before learning
         learning_starts = global_step - gradient_steps * args.train_frequency + args.learning_starts
@@ -832,7 +832,7 @@ class Run:
         step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # read once
         self.counts = counts
         self.bar.update(step - self.bar.n)
-        if stopped_by or step % self.args.checkpoint_every < step - last_step:
+        if stopped_by or step % self.args.checkpoint_every < step - last_step or step >= self.args.total_timesteps:
             self.save()
         if stopped_by:
             tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}")

@@ -50,11 +50,11 @@ the pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradien
 5. If fewer than 2 steps of the episode precede the first step with loss, the sequence starts at o0, with a state of
    zeros and no burn-in. If the memory has overwritten them, it starts at the oldest left, with the state stored there.
 
-Differences from R2D2: vectors; no last reward in the input; sequences of 16 steps after 8, not 80 after 40, which start
-anywhere; no distributed actors; a target that moves a little at a time; layer normalisation; clipped gradients; a
-learning rate that falls; an average of the weights is evaluated (after Polyak and Juditsky 1992); a bootstrap where
-time ran out. No prioritised replay, double or dueling networks, rescaled values. Differences from dqn_cartpole.py:
-units and the last action in make_env; sequences, unroll, n-step targets, a state per environment; other defaults.
+Differences from R2D2: vectors in place of pixels; no last reward in the input; sequences of 16 steps after 8, not 80
+after 40, which start anywhere; no distributed actors; a target that moves a little at a time; layer normalisation;
+clipped gradients; a falling learning rate; an average of the weights is evaluated (after Polyak and Juditsky 1992); a
+bootstrap where time ran out. No prioritised replay, double or dueling networks, rescaled values. Differences from
+dqn_cartpole.py: most of these; units and the last action in make_env; unroll; n-step targets; other defaults.
 """
 
 import argparse
@@ -347,7 +347,7 @@ def train(args: Args) -> dict:
     parts = {"online_network": q_network, "target_network": target_network, "optimizer": optimizer, "memory": memory}
     run = Run(args, envs, average_network, **parts)  # the average is what is evaluated, kept as best.pt and played
     global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
-    # After a resume, count on from here: no gradient steps to catch up on, whatever --train-frequency is now.
+    # After a resume, count on from here: no gradient steps to catch up on, whatever the flags are now.
     learning_starts = max(args.learning_starts, global_step) - gradient_steps * args.train_frequency
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     obs = envs.reset()
@@ -708,7 +708,7 @@ class Run:
         step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # read once
         self.counts = counts
         self.bar.update(step - self.bar.n)
-        if stopped_by or step % self.args.checkpoint_every < step - last_step:
+        if stopped_by or step % self.args.checkpoint_every < step - last_step or step >= self.args.total_timesteps:
             self.save()
         if stopped_by:
             tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}")

@@ -244,7 +244,7 @@ def train(args: Args) -> dict:
     loss = torch.zeros(())  # until the first gradient step
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, memory=memory)
     global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
-    # After a resume, count on from here: no gradient steps to catch up on, whatever --train-frequency is now.
+    # After a resume, count on from here: no gradient steps to catch up on, whatever the flags are now.
     learning_starts = max(args.learning_starts, global_step) - gradient_steps * args.train_frequency
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
     obs = envs.reset()
@@ -650,7 +650,7 @@ class Run:
         step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # read once
         self.counts = counts
         self.bar.update(step - self.bar.n)
-        if stopped_by or step % self.args.checkpoint_every < step - last_step:
+        if stopped_by or step % self.args.checkpoint_every < step - last_step or step >= self.args.total_timesteps:
             self.save()
         if stopped_by:
             tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}")

@@ -310,7 +310,7 @@ def train(args: Args) -> dict:
         metrics = {"policy_loss": policy_loss.item(), "value_loss": value_loss.item(), "entropy": entropy.mean().item()}
         metrics["approx_kl"] = approx_kl(log_ratio)
         metrics["clip_fraction"] = ((log_ratio.exp() - 1.0).abs() > clip_coef).float().mean().item()
-        metrics["explained_variance"] = 1.0 - float((returns - values[:-1]).var() / max(returns.var(), 1e-30))
+        metrics["explained_variance"] = 1.0 - float((returns - values[:-1]).var() / max(returns.var(), 1e-8))
         run.log(global_step, "train", **metrics, learning_rate=learning_rate)
 
         # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
@@ -580,7 +580,7 @@ class Run:
         step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # read once
         self.counts = counts
         self.bar.update(step - self.bar.n)
-        if stopped_by or step % self.args.checkpoint_every < step - last_step:
+        if stopped_by or step % self.args.checkpoint_every < step - last_step or step >= self.args.total_timesteps:
             self.save()
         if stopped_by:
             tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}")

@@ -350,7 +350,7 @@ def draw(name: str, folder: Path):
                 points = [(int(row["step"]), float(row["value"])) for row in rows if row["seed"] == seed]
                 axis.plot(*zip(*points, strict=True), colour, linewidth=1.2, label=label)
                 label = None  # one line of the legend for all seeds
-        if axis.get_ylim()[1] > 1e4:  # 3e7 beside 100
+        if axis.get_ylim()[1] > 1e4:  # one curve reaches 3e7, the other 100
             axis.set_yscale("log")
         axis.set_title(TITLES[metric], fontsize=9)
         axis.set_xlabel("transitions", fontsize=8)

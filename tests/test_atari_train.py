@@ -85,10 +85,10 @@ def test_a_memory_that_does_not_fit_shrinks_unless_it_was_asked_for(free, limit,
     assert "the replay memory holds 114,666 transitions, not 1,000,000: 0.9 of what fits" in capsys.readouterr().out
     fit_memory(asked := Args(buffer_size=127_000))  # 0.9 GB
     assert asked.buffer_size == 127_000 and capsys.readouterr().out == ""
-    with pytest.raises(ValueError, match="--buffer-size 130000: 127,406 fit into free memory"):
+    with pytest.raises(ValueError, match="--buffer-size 130000: 127,406 transitions fit"):
         fit_memory(Args(buffer_size=130_000))
-    with pytest.raises(ValueError, match="127,406 fit"):
-        fit_memory(Args(learning_starts=130_000))  # the memory would forget before it learns
+    with pytest.raises(ValueError, match="--learning-starts 120000: the replay memory holds fewer"):
+        fit_memory(Args(learning_starts=120_000))  # it would forget before it learns
 
 
 def test_a_million_transitions_where_they_fit(tmp_path, monkeypatch, capsys):
@@ -99,7 +99,7 @@ def test_a_million_transitions_where_they_fit(tmp_path, monkeypatch, capsys):
     assert args.buffer_size == 1_000_000 and capsys.readouterr().out == ""
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])  # as on Windows
     fit_memory(args := Args())
-    assert args.buffer_size == 863_434
+    assert args.buffer_size == 888_660
 
 
 def test_a_run_whose_memory_shrank_is_resumed_with_the_same_where_less_is_free(tmp_path, monkeypatch, capsys):
@@ -111,7 +111,7 @@ def test_a_run_whose_memory_shrank_is_resumed_with_the_same_where_less_is_free(t
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=3.095e8))
     args = saved["args"] | {"resume": str(tmp_path / "run"), "run_dir": "", "total_timesteps": 280}
     assert train(Args(**args))["gradient_steps"] == 20
-    with pytest.raises(ValueError, match="--buffer-size 1147: 1,146 fit into free memory"):
+    with pytest.raises(ValueError, match="--buffer-size 1147: 1,146 transitions fit into free memory"):
         monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=3.09e8))
         train(Args(**args))
 
