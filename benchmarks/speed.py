@@ -43,7 +43,7 @@ CLEANRL_PPO = (
 )
 VECENV = (
     f"dqn_vecenv.py {OURS} --num-envs 4 --train-frequency 16 --target-frequency 10000 --tau 1 --batch-size 32 "
-    "--buffer-size 1000000 --learning-starts 100 --learning-rate 1e-4 --loss huber"
+    "--buffer-size 1000000 --learning-starts 100 --learning-rate 1e-4 --loss huber --hidden-size 64"  # as SB3's policy
 )
 EXAMPLE = ATARI.replace("20000", "10000").replace("frequency 4 ", "frequency 16 ") + " --num-envs 4"
 
