@@ -29,7 +29,8 @@ import speed
 import table
 import vec_env_cost
 
-README, PERFORMANCE = ((ROOT / name).read_text() for name in ("README.md", "docs/performance.md"))
+README = (ROOT / "README.md").read_text()
+PERFORMANCE_PAGES = [(ROOT / "docs" / f"performance{language}.md").read_text() for language in ("", ".zh-CN")]
 RESULTS_PAGES = [(ROOT / "docs" / f"results{language}.md").read_text() for language in ("", ".zh-CN")]
 READMES = [README, (ROOT / "README.zh-CN.md").read_text()]
 PICTURE = r"(?:!\[[^\]]*\]\(|<img src=\")([^)\"]+)"
@@ -56,8 +57,8 @@ TABLES = {
     **{name: (RESULTS_PAGES, partial(finals_of, name)) for name in ("ppo_reacher", "ppo_pusher", "ppo_pendulum")},
     "settings": (RESULTS_PAGES, lambda: table.settings("dqn_lstm_cartpole_set")),
     "popgym": (RESULTS_PAGES, lambda: table.settings("dqn_lstm_popgym", 2)),
-    "costs": ([PERFORMANCE], vec_env_cost.table),
-    "ratios": ([PERFORMANCE], speed.table),
+    "costs": (PERFORMANCE_PAGES, vec_env_cost.table),
+    "ratios": (PERFORMANCE_PAGES, speed.table),
 }
 
 
@@ -66,7 +67,7 @@ def test_a_table_is_that_of_the_raw_data(pages, make_table):
     assert all(make_table() in page for page in pages)
 
 
-@pytest.mark.parametrize("name", ["README", "docs/results", "docs/tour", "docs/own_environment"])
+@pytest.mark.parametrize("name", ["README", "docs/results", "docs/tour", "docs/own_environment", "docs/performance"])
 def test_both_languages_show_the_same_commands_and_pictures(name):
     pages = [(ROOT / f"{name}{language}.md").read_text() for language in ("", ".zh-CN")]
     blocks, pictures = (
