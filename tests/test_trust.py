@@ -89,7 +89,10 @@ def at_step(monkeypatch):
 def start(tmp_path):
     """Start a script in a process group of its own and wait for its end; return it with its stdout and stderr."""
 
-    def run(*flags, signals="", before=os.getpid, script=SCRIPT):
+    def heed():  # what ran pytest may ignore it, as nohup does
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    def run(*flags, signals="", before=heed, script=SCRIPT):
         process = subprocess.Popen(
             [sys.executable, *map(str, [script, *flags])],
             cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
