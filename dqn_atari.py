@@ -81,7 +81,7 @@ import torch
 import torch.nn as nn
 import tyro
 from stable_baselines3.common.utils import set_random_seed
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv  # of SB3 only this, and the seeding
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -373,7 +373,7 @@ def train(args: Args) -> dict:
     # Where gradients cease, Adam's moments shrink to denormal numbers, with which its step takes nearly twice as long;
     # as zeros they cost nothing. Set before torch starts its threads, so that each of them inherits it.
     torch.set_flush_denormal(True)
-    # Below 2^30, so that seed + global_step and seed + i fit the 32-bit int that some environments use.
+    # Below 2^30, so that seed + i fits the 32-bit int that some environments use.
     train_seed, eval_seed, final_seed = (np.random.SeedSequence(args.seed).generate_state(3) % 2**30).tolist()
 
     envs = make_envs(args)
@@ -391,7 +391,7 @@ def train(args: Args) -> dict:
     if args.resume and not args.checkpoint_memory:  # the memory is empty: as many transitions again before learning
         learning_starts = global_step - gradient_steps * args.train_frequency + args.learning_starts
         tqdm.write(f"no learning until {args.learning_starts:,} transitions have refilled the replay memory")
-    envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
+    envs.seed((train_seed + global_step) % 2**30)  # environment i gets this + i; a resumed run gets new episodes
     frames = envs.reset()
     memory.begin(frames)
     stacks = np.zeros((args.num_envs, 4, 84, 84), np.uint8)  # what each environment's actor sees
@@ -443,7 +443,7 @@ def train(args: Args) -> dict:
         # Store. Only a termination drops the bootstrap: where time ran out (truncated), rewards would have followed.
         truncated = np.array([info["TimeLimit.truncated"] for info in infos])
         terminated = dones & ~truncated
-        run.check(global_step, reward=rewards, loss=loss.item())
+        run.check_finite(global_step, reward=rewards, loss=loss.item())
         memory.add(actions, rewards, next_frames, terminated, dones, frames)
         push_frames(stacks, frames, ended=dones)
         run.log_episodes(global_step, infos)  # of whole games, with their raw scores
@@ -479,7 +479,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
         frames, _, dones, infos = envs.step(actions.tolist())
         push_frames(stacks, frames, ended=dones)
         for i, info in enumerate(infos):
-            if "episode" in info and len(returns[i]) < (num_episodes + i) // n:
+            if "episode" in info and len(returns[i]) < (num_episodes + i) // n:  # these add up to num_episodes
                 returns[i].append(info["episode"]["r"])
     envs.close()
     return np.concatenate(returns)
@@ -808,7 +808,7 @@ class Run:
         """Return the mean return of the last 100 training episodes; -inf where fewer than at_least have ended."""
         return float(np.mean(self.record["returns"])) if len(self.record["returns"]) >= at_least else -np.inf
 
-    def check(self, global_step: int, **values):
+    def check_finite(self, global_step: int, **values):
         """End the run at the step at which one of these is NaN or infinite; the last checkpoint is from before."""
         for name, value in values.items():
             if not (np.abs(value) < 3.4e38).all():  # the largest float32; NaN is not below it either
@@ -842,7 +842,7 @@ class Run:
     def save(self):
         """Write last.pt: all that --resume needs; the environments begin new episodes then."""
         now = time.perf_counter()
-        self.check(self.counts["global_step"], network=sum(p.detach().sum() for p in self.network.parameters()).item())
+        self.check_finite(self.counts["global_step"], network=sum(p.sum() for p in self.network.parameters()).item())
         self.tensorboard.flush()
         self.record |= {"csv_size": self.csv.tell(), "seconds": now - self.started}
         about = {"args": asdict(self.args), "counts": self.counts, "record": self.record}

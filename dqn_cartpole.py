@@ -56,7 +56,7 @@ import torch
 import torch.nn as nn
 import tyro
 from stable_baselines3.common.utils import set_random_seed
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv  # of SB3 only this, and the seeding
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -230,7 +230,7 @@ def train(args: Args) -> dict:
     device = select_device(args.device, auto="cpu")
     torch.set_num_threads(1)  # so small a network is faster on one core than on several
     set_random_seed(args.seed)  # seeds torch, random and np.random; many environments draw from the last two
-    # Below 2^30, so that seed + global_step and seed + i fit the 32-bit int that some environments use.
+    # Below 2^30, so that seed + i fits the 32-bit int that some environments use.
     train_seed, eval_seed, final_seed = (np.random.SeedSequence(args.seed).generate_state(3) % 2**30).tolist()
 
     envs = make_envs(args)
@@ -244,7 +244,7 @@ def train(args: Args) -> dict:
     global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
     # After a resume, count on from here: no gradient steps to catch up on, whatever the flags are now.
     learning_starts = max(args.learning_starts, global_step) - gradient_steps * args.train_frequency
-    envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
+    envs.seed((train_seed + global_step) % 2**30)  # environment i gets this + i; a resumed run gets new episodes
     obs = envs.reset()
 
     while global_step < args.total_timesteps and run.mean_return(at_least=100) < args.target_return:
@@ -291,7 +291,7 @@ def train(args: Args) -> dict:
         # Store. Only a termination drops the bootstrap: where time ran out (truncated), rewards would have followed.
         truncated = np.array([info["TimeLimit.truncated"] for info in infos])
         terminated = dones & ~truncated
-        run.check(global_step, observation=[last_obs, next_obs], reward=rewards, loss=loss.item())
+        run.check_finite(global_step, observation=[last_obs, next_obs], reward=rewards, loss=loss.item())
         memory.add(last_obs, actions, rewards, next_obs, terminated)
         run.log_episodes(global_step, infos)
 
@@ -310,7 +310,7 @@ def train(args: Args) -> dict:
 def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env_options) -> np.ndarray:
     """Play num_episodes greedily, num_envs side by side; return their returns, (num_episodes,).
 
-    How many each environment plays is fixed beforehand: the first N to end would be mostly short ones.
+    How many each environment plays is fixed beforehand: the first N to end would favour short episodes.
     """
     n, device = min(args.num_envs, num_episodes), next(network.parameters()).device
     envs = DummyVecEnv([partial(make_env, args, evaluation=True, **env_options)] * n)
@@ -320,7 +320,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
         actions = network(torch.from_numpy(obs).to(device)).argmax(dim=1)
         obs, _, _, infos = envs.step(actions.tolist())
         for i, info in enumerate(infos):
-            if "episode" in info and len(returns[i]) < (num_episodes + i) // n:
+            if "episode" in info and len(returns[i]) < (num_episodes + i) // n:  # these add up to num_episodes
                 returns[i].append(info["episode"]["r"])
     envs.close()
     return np.concatenate(returns)
@@ -329,7 +329,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 # === Environment ======================================================================================================
 
 
-class VectorEnv(gym.Wrapper):
+class FlatEnv(gym.Wrapper):
     """Gives an environment, as users write them, the form that the rest relies on.
 
     Observations become float32 vectors, copied, since some environments overwrite theirs; Discrete, Tuple and Dict are
@@ -370,7 +370,7 @@ def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None
         raise UsageError(f"--env-id {args.env_id}: {error}") from None
     if evaluation and env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
-    env = gym.wrappers.RecordEpisodeStatistics(VectorEnv(env), buffer_length=1)
+    env = gym.wrappers.RecordEpisodeStatistics(FlatEnv(env), buffer_length=1)
     if video_dir is not None:
         env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)  # frames
     return env
@@ -531,7 +531,7 @@ class Run:
         """Return the mean return of the last 100 training episodes; -inf where fewer than at_least have ended."""
         return float(np.mean(self.record["returns"])) if len(self.record["returns"]) >= at_least else -np.inf
 
-    def check(self, global_step: int, **values):
+    def check_finite(self, global_step: int, **values):
         """End the run at the step at which one of these is NaN or infinite; the last checkpoint is from before."""
         for name, value in values.items():
             if not (np.abs(value) < 3.4e38).all():  # the largest float32; NaN is not below it either
@@ -565,7 +565,7 @@ class Run:
     def save(self):
         """Write last.pt: all that --resume needs; the environments begin new episodes then."""
         now = time.perf_counter()
-        self.check(self.counts["global_step"], network=sum(p.detach().sum() for p in self.network.parameters()).item())
+        self.check_finite(self.counts["global_step"], network=sum(p.sum() for p in self.network.parameters()).item())
         self.tensorboard.flush()
         self.record |= {"csv_size": self.csv.tell(), "seconds": now - self.started}
         about = {"args": asdict(self.args), "counts": self.counts, "record": self.record}

@@ -12,7 +12,7 @@
     L   = mean of (y_t - Q(h_t, a_t))^2                                 the loss, over replayed sequences
 
 Here CartPole hides its velocities (--hide velocity). They follow from earlier observations and actions, so Q depends
-on the history h_t, all of them up to step t, which an LSTM reads one by one: Hausknecht and Stone, "Deep Recurrent
+on the history h_t, all of both up to step t, which an LSTM reads one by one: Hausknecht and Stone, "Deep Recurrent
 Q-Learning for Partially Observable MDPs" (2015); Kapturowski et al., "Recurrent Experience Replay in Distributed
 Reinforcement Learning" (R2D2, ICLR 2019). Read dqn_cartpole.py first.
 
@@ -46,15 +46,15 @@ the pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradien
    weights would remember something else. The burn-in, without loss and without gradient, brings it closer.
 3. The target of Q(h3, a3) takes Q' one position later (n, with --n-step n), from the same pass over the sequence. If
    only o4 were fed to the target network, it would know nothing of o3.
-4. If time had run out at o5, the target there would be r4 + gamma max Q'(h5). Padding never enters the loss.
-5. If fewer than 2 steps of the episode precede the first step with loss, the sequence starts at o0, with a state of
-   zeros and no burn-in. If the memory has overwritten them, it starts at the oldest left, with the state stored there.
+4. If time had run out at o5: r4 + gamma max Q'(h5). Padding, whatever the memory holds next, is read last: no loss.
+5. If fewer than 2 steps of the episode precede the first step with loss, that step is moved to o0, with a state of
+   zeros and no burn-in. If the memory has overwritten o0, it is moved to the oldest left, with the state stored there.
 
 Differences from R2D2: vectors in place of pixels; no last reward in the input; sequences of 16 steps after 8, not 80
 after 40, which start anywhere; no distributed actors; a target that moves a little at a time; layer normalisation;
 clipped gradients; a falling learning rate; an average of the weights is evaluated (after Polyak and Juditsky 1992); a
 bootstrap where time ran out. No prioritised replay, double or dueling networks, rescaled values. Differences from
-dqn_cartpole.py: most of these; units and the last action in make_env; unroll; n-step targets; other defaults.
+dqn_cartpole.py: sequences, unroll, n-step targets, layer norm, clipping, the average; units, last action; defaults.
 """
 
 import argparse
@@ -79,7 +79,7 @@ import torch
 import torch.nn as nn
 import tyro
 from stable_baselines3.common.utils import set_random_seed
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv  # of SB3 only this, and the seeding
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -103,7 +103,7 @@ class Args:
     train_frequency: Count = 20  # transitions played per gradient step
     target_frequency: Count = 20  # transitions per update of the target network
     tau: Annotated[float, 1e-6, 1] = 0.02  # an update moves the target network by this share of the way; 1: a copy
-    average_steps: Count = 1_000  # time constant, in gradient steps, of the average that is evaluated; 1: none
+    average_steps: Count = 1_000  # gradient steps that the average of the weights reaches back, roughly; 1: no average
     gamma: Fraction = 0.99  # discount per step
     n_step: Annotated[int, 1, 1_000] = 5  # rewards in a TD target before the bootstrap; fewer at a sequence's end
     buffer_size: Count = 100_000  # transitions in the replay memory
@@ -155,7 +155,7 @@ class Args:
         check_args(self)
         fits = self.num_envs <= self.learning_starts < self.total_timesteps
         require(self, "learning_starts", fits, "give at least --num-envs and less than --total-timesteps")
-        # Loss begins at step 0 of an episode, or at step burn_in or later: from 0 it must reach as far as burn_in.
+        # Without burn-in loss begins at step 0, with it at burn_in or later: no step in between may be left out.
         require(self, "burn_in", self.burn_in <= self.sequence_length, "give at most --sequence-length")
 
 
@@ -163,9 +163,9 @@ class Args:
 
 
 class QNetwork(nn.Module):
-    """Q-values of B sequences, time first: obs (steps, B, obs_dim), state -> q_values (steps, B, A), the next state.
+    """Q-values of B sequences, time first: obs (T, B, obs_dim), state -> q_values (T, B, A), the next state.
 
-    The recurrent state is what the network remembers: h and c of each layer, (B, 2, num_layers, hidden_size).
+    The recurrent state: the LSTM's h (not the history h_t) and c of each layer, (B, 2, num_layers, hidden_size).
     """
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
@@ -174,7 +174,7 @@ class QNetwork(nn.Module):
         self.state_shape = (2, args.num_layers, hidden)  # of one sequence
         if args.memory == "lstm":
             self.lstm = nn.LSTM(inputs, hidden, args.num_layers)
-            for layer in range(args.num_layers):  # forget gates that start open (0.88, not 0.5)
+            for layer in range(args.num_layers):  # PyTorch's second gate, forget: bias 2, so it keeps 0.88
                 nn.init.constant_(getattr(self.lstm, f"bias_ih_l{layer}")[hidden : 2 * hidden], 2.0)
         else:  # it remembers nothing, and hands the state through
             sizes = [inputs] + [hidden] * (args.num_layers - 1)
@@ -193,7 +193,7 @@ class QNetwork(nn.Module):
         if self.lstm is None:
             return self.layers(obs), state
         features, state = self.lstm(obs, tuple(state.permute(1, 2, 0, 3).contiguous()))  # h and c: (num_layers, B, H)
-        return features, torch.stack(state).permute(2, 0, 1, 3)
+        return features, torch.stack(state).permute(2, 0, 1, 3)  # (B, 2, num_layers, H) again
 
     def forward(self, obs: torch.Tensor, state: torch.Tensor):
         features, state = self.read(obs, state)
@@ -206,7 +206,7 @@ class QNetwork(nn.Module):
 class Batch(NamedTuple):
     """B sequences of burn_in + T + 1 observations, time first, and what was done in their T steps after the burn-in."""
 
-    obs: torch.Tensor  # (burn_in + T + 1, B, obs_dim), the last one to bootstrap from
+    obs: torch.Tensor  # (burn_in + T + 1, B, obs_dim), T = sequence_length; the last one only to bootstrap from
     state: torch.Tensor  # (B, 2, num_layers, hidden_size), before obs[0] if burned_in, else before obs[burn_in]
     burned_in: torch.Tensor  # (B,) bool: False where too few steps precede; its burn-in is then ignored
     loss_mask: torch.Tensor  # (T, B) bool: the steps that carry loss; the others are padding
@@ -218,12 +218,12 @@ class Batch(NamedTuple):
 class ReplayMemory:
     """A ring of the last `capacity` transitions, in tensors that are allocated once.
 
-    slot = row * num_envs + environment: num_envs slots further on is what came next in the same environment.
+    slot = row * num_envs + environment; a row is one step of all environments, and the next row is their next step.
     """
 
     def __init__(self, capacity: int, num_envs: int, obs_dim: int, state_shape: tuple):
         self.num_envs = num_envs
-        self.capacity = capacity = math.ceil(capacity / num_envs) * num_envs
+        self.capacity = capacity = math.ceil(capacity / num_envs) * num_envs  # whole rows
         self.added = 0  # transitions ever added; the next one goes to slot added % capacity
         self.columns = {
             "obs": torch.zeros(capacity, obs_dim),
@@ -243,26 +243,26 @@ class ReplayMemory:
         self.added += self.num_envs
 
     def sample(self, batch_size: int, length: int, burn_in: int, device: torch.device) -> Batch:
-        """Draw batch_size transitions uniformly, with replacement, and for each a sequence of `length` around it.
+        """Draw batch_size transitions uniformly, with replacement, and around each a sequence.
 
-        It starts 0 to length - 1 steps before, so that what is drawn stands anywhere in it, and reads burn_in steps
-        before that. If the episode, or what the ring still holds of it, has fewer, the sequence starts at the oldest of
-        them, without burn-in, and may end before what was drawn. So not all steps carry loss equally often: the last
-        one of an episode about half as often as those in its middle.
+        Its loss covers `length` steps and begins 0 to length - 1 steps before the drawn one; its burn-in is the burn_in
+        steps before those. If the episode, or what the ring still holds of it, does not go back so far, there is no
+        burn-in: the loss begins at the oldest step there is, and may end before the drawn one. So not all steps carry
+        loss equally often: the last one of an episode about half as often as those in its middle.
         """
         columns, n, stored = self.columns, self.num_envs, min(self.added, self.capacity)
         drawn = torch.randint(stored, (batch_size,))
-        newer = (self.added - 1 - drawn) % self.capacity // n  # transitions of the same environment
-        older = torch.minimum(stored // n - 1 - newer, columns["steps"][drawn])  # of the same episode
-        back = torch.randint(length, (batch_size,))
-        burned_in = back + burn_in <= older
-        back = torch.where(burned_in, back, older)
+        newer = (self.added - 1 - drawn) % self.capacity // n  # how many came after it in its environment
+        older = torch.minimum(stored // n - 1 - newer, columns["steps"][drawn])  # how many before it in its episode
+        back = torch.randint(length, (batch_size,))  # the loss begins this many steps before it
+        burned_in = back + burn_in <= older  # the burn-in lies in the episode, and is stored
+        back = torch.where(burned_in, back, older)  # else the loss begins at the oldest step
 
         t = torch.arange(-burn_in, length).unsqueeze(1)  # 0: the first step that carries loss
         slots = (drawn + n * (t - back)) % self.capacity  # (burn_in + T, B)
-        window, t = slots[burn_in:], t[burn_in:]  # (T, B), (T, 1)
+        window, t = slots[burn_in:], t[burn_in:]  # without the burn-in: (T, B), (T, 1)
         steps = columns["steps"][window]
-        loss_mask = (steps == steps[0] + t) & (t <= back + newer)  # same episode, and stored
+        loss_mask = (steps == steps[0] + t) & (t <= back + newer)  # steps rise by 1: same episode; and stored
         obs = torch.cat([columns["obs"][slots[: burn_in + 1]], columns["next_obs"][window]])
         state = columns["states"][torch.where(burned_in, slots[0], window[0])]
         actions, rewards, terminated = (columns[name][window] for name in ("actions", "rewards", "terminated"))
@@ -298,18 +298,18 @@ def td_loss(q_values, next_q_values, batch: Batch, gamma: float, n_step: int, lo
 
     y_t = r_t + ... + gamma^(n-1) * r_(t+n-1) + gamma^n * max_a' Q_target(h_(t+n), a')    with n = n_step
 
-    n is smaller where the episode or the sequence ends sooner; without the maximum where the episode terminated. With a
-    larger n rewards travel back faster; but the actions in between were an older network's, or random, and nothing
-    corrects for it (nor in R2D2). q_values: Q(h_t, .); next_q_values: Q_target(h_(t+1), .), no gradient; (T, B, A).
+    n is smaller where the episode or the sequence ends sooner; a terminated episode adds no maximum. With a larger n
+    rewards travel back faster; but the actions in between were an older network's, or random, and nothing corrects
+    for it (nor in R2D2). q_values: Q(h_t, .); next_q_values: Q_target(h_(t+1), .), no gradient; (T, B, A).
     """
     q_taken = q_values.gather(2, batch.actions.unsqueeze(2)).squeeze(2)  # (T, B, A) -> (T, B)
     next_q_max = next_q_values.max(dim=2).values  # (T, B, A) -> (T, B)
     discount = gamma * (1.0 - batch.terminated)
     td_target = one_step = batch.rewards + discount * next_q_max
-    for _ in range(n_step - 1):  # one reward more: r_t + gamma * y_(t+1), where step t + 1 of this episode is there
+    for _ in range(n_step - 1):  # make n larger by 1: r_t + gamma * y_(t+1), where step t + 1 carries loss too
         longer = batch.rewards[:-1] + discount[:-1] * td_target[1:]
         td_target = torch.cat([torch.where(batch.loss_mask[1:], longer, one_step[:-1]), one_step[-1:]])
-    assert q_taken.shape == td_target.shape  # where T = B, (T, B, 1) against (T, B) would broadcast
+    assert q_taken.shape == td_target.shape  # else the mask leaves (N, 1) against (N,), which broadcast to (N, N)
     q_taken, td_target = q_taken[batch.loss_mask], td_target[batch.loss_mask]  # (T, B) -> (steps with loss,)
     return loss_function(q_taken, td_target), q_taken
 
@@ -334,7 +334,7 @@ def train(args: Args) -> dict:
     device = select_device(args.device, auto="cpu")
     torch.set_num_threads(1)  # so small a network is faster on one core than on several
     set_random_seed(args.seed)  # seeds torch, random and np.random; many environments draw from the last two
-    # Below 2^30, so that seed + global_step and seed + i fit the 32-bit int that some environments use.
+    # Below 2^30, so that seed + i fits the 32-bit int that some environments use.
     train_seed, eval_seed, final_seed = (np.random.SeedSequence(args.seed).generate_state(3) % 2**30).tolist()
 
     envs = make_envs(args)
@@ -349,7 +349,7 @@ def train(args: Args) -> dict:
     global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
     # After a resume, count on from here: no gradient steps to catch up on, whatever the flags are now.
     learning_starts = max(args.learning_starts, global_step) - gradient_steps * args.train_frequency
-    envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
+    envs.seed((train_seed + global_step) % 2**30)  # environment i gets this + i; a resumed run gets new episodes
     obs = envs.reset()
     state = q_network.initial_state(args.num_envs)  # (num_envs, 2, num_layers, hidden_size)
     steps = np.zeros(args.num_envs, np.int64)  # taken in each environment's episode
@@ -374,7 +374,7 @@ def train(args: Args) -> dict:
             batch = memory.sample(args.batch_size, args.sequence_length, args.burn_in, device)
             if args.initial_state == "zero":
                 batch.state.zero_()
-            # Both networks read the whole sequence: from next_obs alone the target network could not know the history.
+            # Both read the whole sequence, for the history; [1:] and [:-1] pair Q_target(h_(t+1)) with Q(h_t).
             with torch.no_grad():
                 next_q_values = unroll(target_network, batch, args.burn_in)[1:]  # (T, B, A)
             q_values = unroll(q_network, batch, args.burn_in)[:-1]  # (T, B, A)
@@ -384,7 +384,7 @@ def train(args: Args) -> dict:
             nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm or math.inf)  # 0: not clipped
             optimizer.step()
             gradient_steps += 1
-            # A gradient step can flip greedy actions, so an average of the weights is evaluated: at first the mean.
+            # One gradient step can flip greedy actions: an average of the weights is evaluated, at first of all steps.
             update_target(average_network, q_network, 1 / min(gradient_steps, args.average_steps))
 
             # Update the target once per target_frequency transitions (at most once per gradient step).
@@ -405,8 +405,8 @@ def train(args: Args) -> dict:
         # Store. Only a termination drops the bootstrap: where time ran out (truncated), rewards would have followed.
         truncated = np.array([info["TimeLimit.truncated"] for info in infos])
         terminated = dones & ~truncated
-        run.check(global_step, observation=[last_obs, next_obs], reward=rewards, loss=loss.item())
-        memory.add(last_obs, actions, rewards, next_obs, terminated, steps, state.cpu())  # before last_obs was read
+        run.check_finite(global_step, observation=[last_obs, next_obs], reward=rewards, loss=loss.item())
+        memory.add(last_obs, actions, rewards, next_obs, terminated, steps, state.cpu())  # state: before last_obs
         run.log_episodes(global_step, infos)
         state, steps = next_state, np.where(dones, 0, steps + 1)
         state[dones] = 0.0  # a new episode remembers nothing, in whichever way the last one ended
@@ -426,7 +426,7 @@ def train(args: Args) -> dict:
 def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env_options) -> np.ndarray:
     """Play num_episodes greedily, num_envs side by side; return their returns, (num_episodes,).
 
-    How many each environment plays is fixed beforehand: the first N to end would be mostly short ones.
+    How many each environment plays is fixed beforehand: the first N to end would favour short episodes.
     """
     n, device = min(args.num_envs, num_episodes), next(network.parameters()).device
     envs = DummyVecEnv([partial(make_env, args, evaluation=True, **env_options)] * n)
@@ -438,7 +438,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
         obs, _, dones, infos = envs.step(q_values[0].argmax(dim=1).tolist())
         state[dones] = 0.0
         for i, info in enumerate(infos):
-            if "episode" in info and len(returns[i]) < (num_episodes + i) // n:
+            if "episode" in info and len(returns[i]) < (num_episodes + i) // n:  # these add up to num_episodes
                 returns[i].append(info["episode"]["r"])
     envs.close()
     return np.concatenate(returns)
@@ -447,7 +447,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 # === Environment ======================================================================================================
 
 
-class VectorEnv(gym.Wrapper):
+class FlatEnv(gym.Wrapper):
     """Gives an environment, as users write them, the form that the rest relies on.
 
     Observations become float32 vectors, copied, since some environments overwrite theirs; Discrete, Tuple and Dict are
@@ -520,7 +520,7 @@ def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None
         raise UsageError(f"--env-id {args.env_id}: {error}") from None
     if evaluation and env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
-    env = VectorEnv(env)
+    env = FlatEnv(env)
     if env.unwrapped.spec.id in ("CartPole-v0", "CartPole-v1"):
         env = CartPoleView(env, args.hide)
     env = gym.wrappers.RecordEpisodeStatistics(LastAction(env), buffer_length=1)
@@ -684,7 +684,7 @@ class Run:
         """Return the mean return of the last 100 training episodes; -inf where fewer than at_least have ended."""
         return float(np.mean(self.record["returns"])) if len(self.record["returns"]) >= at_least else -np.inf
 
-    def check(self, global_step: int, **values):
+    def check_finite(self, global_step: int, **values):
         """End the run at the step at which one of these is NaN or infinite; the last checkpoint is from before."""
         for name, value in values.items():
             if not (np.abs(value) < 3.4e38).all():  # the largest float32; NaN is not below it either
@@ -718,7 +718,7 @@ class Run:
     def save(self):
         """Write last.pt: all that --resume needs; the environments begin new episodes then."""
         now = time.perf_counter()
-        self.check(self.counts["global_step"], network=sum(p.detach().sum() for p in self.network.parameters()).item())
+        self.check_finite(self.counts["global_step"], network=sum(p.sum() for p in self.network.parameters()).item())
         self.tensorboard.flush()
         self.record |= {"csv_size": self.csv.tell(), "seconds": now - self.started}
         about = {"args": asdict(self.args), "counts": self.counts, "record": self.record}

@@ -11,9 +11,9 @@
     L   = -mean of min(ratio * A, clip(ratio, 1 - c, 1 + c) * A)    ratio = pi(a|s) / pi_old(a|s); c is --clip-coef
     A_t = delta_t + gamma * lambda * A_(t+1)                        GAE; delta_t = r_t + gamma * V(s_(t+1)) - V(s_t)
 
-A policy pi(a|s) plays for a while. Each action is judged by its advantage A, how much better it turned out than the
-value network V(s) expected, and the policy moves towards the better ones. A rollout serves many gradient steps, which
-is safe only while pi stays close to pi_old, the policy that played it: clipping takes away the incentive to go further.
+A policy pi(a|s) plays a rollout. Each action is judged by its advantage A, how much better it turned out than the value
+network V(s) expected, and the policy moves towards the better ones. A rollout serves many gradient steps, which is safe
+only while pi stays close to pi_old, the policy that played it: clipping takes away the incentive to go further.
 
     python ppo_cartpole.py
     python ppo_cartpole.py --resume runs/NAME --total-timesteps 120000    # the learning rate rises again
@@ -29,9 +29,9 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of 20 seeds
 
 Differences from the paper: as in its authors' code (openai/baselines, ppo2), orthogonal initial weights, advantages
 normalised in each minibatch, a clipped gradient, and half the squared error as the value loss (that code takes a
-quarter, and clips it too). Learning rate and clip range fall to 0, as in the paper's Atari games. Where only time ran
-out, the target bootstraps. As in the paper, continuous actions come from a Gaussian whose standard deviations are
-learned, the same in every state.
+quarter, and clips it too). Where only time ran out, V of the last observation stands for the rewards to come. As in the
+paper: learning rate and clip range fall to 0 (its Atari games), and continuous actions come from a Gaussian
+(docs/results.md has three such tasks).
 """
 
 import argparse
@@ -56,7 +56,7 @@ import torch
 import torch.nn as nn
 import tyro
 from stable_baselines3.common.utils import set_random_seed
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv  # of SB3 only this, and the seeding
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -80,13 +80,13 @@ class Args:
     update_epochs: Count = 8  # passes over each rollout
     num_minibatches: Count = 4  # minibatches per pass, one gradient step each
     gamma: Fraction = 0.98  # discount per step
-    gae_lambda: Fraction = 0.9  # of GAE: 0 takes one reward and the next value, 1 all rewards of the rollout
+    gae_lambda: Fraction = 0.9  # of GAE: 0 trusts V after one reward; 1 adds all rewards up to the rollout's end
     norm_advantages: bool = True  # to mean 0 and standard deviation 1, in each minibatch
-    clip_coef: Positive = 0.2  # a ratio of new to old probability further than this from 1 gains nothing more
+    clip_coef: Positive = 0.2  # the ratio of new to old probability is clipped to 1 - this ... 1 + this
     anneal_clip: bool = True  # let clip_coef fall to 0 over total_timesteps
     value_coef: Positive = 1.0  # weight of the value loss, which is half the mean squared error
     entropy_coef: NonNegative = 0.0  # weight of the entropy bonus, which keeps the policy from settling early
-    target_kl: NonNegative = 1e9  # end the passes over a rollout once approx_kl exceeds this; 1e9: never
+    target_kl: NonNegative = 1e9  # end the passes early if the last minibatch's approx_kl exceeds this; 1e9: never
     hidden_size: Annotated[int, 1, 10_000] = 64  # units in each of the two hidden layers, of the actor and the critic
 
     # optimisation
@@ -130,13 +130,13 @@ class Args:
 class ActorCritic(nn.Module):
     """Two networks without a shared weight: obs (B, obs_dim) -> policy, and obs -> value (B,).
 
-    policy: the logits of discrete actions, (B, A); of continuous actions, the mean and the log standard deviation of a
-    Gaussian in each of their A dimensions, (B, 2 * A). The standard deviations are learned, the same in every state.
+    policy: the logits of n discrete actions, (B, n); of continuous actions, mean and log standard deviation of a
+    Gaussian in each of their n dimensions, (B, 2 * n). The standard deviations are learned, the same in every state.
     """
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
-        d, h, n = observation_space.shape[0], args.hidden_size, gym.spaces.flatdim(action_space)  # n: A
+        d, h, n = observation_space.shape[0], args.hidden_size, gym.spaces.flatdim(action_space)
         self.actor = nn.Sequential(nn.Linear(d, h), nn.Tanh(), nn.Linear(h, h), nn.Tanh(), nn.Linear(h, n))
         self.critic = nn.Sequential(nn.Linear(d, h), nn.Tanh(), nn.Linear(h, h), nn.Tanh(), nn.Linear(h, 1))
         gains = (2**0.5, 2**0.5, 0.01, 2**0.5, 2**0.5, 1.0)  # 0.01: the policy starts almost the same in all states
@@ -164,7 +164,7 @@ class Rollout:
         dtype = np.float32 if action_space.shape else np.int64
         self.actions = np.zeros((num_steps, num_envs, *action_space.shape), dtype)
         self.rewards = np.zeros((num_steps, num_envs), np.float32)
-        self.ended = np.zeros((num_steps, num_envs), bool)  # an episode ended after this step, in whichever way
+        self.ended = np.zeros((num_steps, num_envs), bool)  # this step terminated or truncated the episode
 
 
 # === Equations ========================================================================================================
@@ -173,8 +173,8 @@ class Rollout:
 def compute_gae(rewards, values, ended, gamma: float, gae_lambda: float):
     """Return advantages and returns, (T, N) each: generalised advantage estimation (GAE; Schulman et al. 2016).
 
-    delta_t = r_t + gamma * V(s_(t+1)) - V(s_t)     r_t - V(s_t) where an episode ended after step t
-    A_t     = delta_t + gamma * lambda * A_(t+1)    delta_t where it ended; return_t = A_t + V(s_t)
+    delta_t = r_t + gamma * goes_on_t * V(s_(t+1)) - V(s_t)     goes_on_t: 0 where an episode ended after step t, else 1
+    A_t     = delta_t + gamma * lambda * goes_on_t * A_(t+1)    A_T = 0; return_t = A_t + V(s_t)
 
     rewards, ended: (T, N). values: (T + 1, N), the last row of the observations after the last step.
     Where only time ran out, r_t already holds gamma * V(last observation).
@@ -189,23 +189,22 @@ def compute_gae(rewards, values, ended, gamma: float, gae_lambda: float):
 
 def choose_actions(policy: torch.Tensor, action_space: gym.Space, greedy: bool = False) -> torch.Tensor:
     """Draw one action from each pi(.|s), or take its most probable one; policy as ActorCritic gives it."""
-    if isinstance(action_space, gym.spaces.Discrete):  # (B, A) -> (B,)
-        # If each e_a is drawn from Exp(1), the argmax of p_a / e_a is a with probability p_a. torch.multinomial does
-        # the same, but with its checks the whole run takes a tenth longer.
-        race = policy if greedy else policy.softmax(dim=1) / torch.empty_like(policy).exponential_()
-        return race.argmax(dim=1)
-    means, log_stds = policy.chunk(2, dim=1)  # (B, 2 * A) -> (B, A)
+    if isinstance(action_space, gym.spaces.Discrete):  # (B, n) -> (B,)
+        # Gumbel-max: argmax(logits + Gumbel noise) is a draw from softmax(logits), and -log(Exp(1)) is that noise.
+        # torch.multinomial draws the same way, but with its checks the whole run takes a tenth longer.
+        return (policy if greedy else policy - torch.empty_like(policy).exponential_().log()).argmax(dim=1)
+    means, log_stds = policy.chunk(2, dim=1)  # (B, 2 * n) -> (B, n)
     return means if greedy else torch.normal(means, log_stds.exp())
 
 
 def log_probs_and_entropy(policy: torch.Tensor, actions: torch.Tensor):
-    """Return log pi(a|s) of the actions taken and the entropy of pi(.|s), (B,) each; actions (B,), or (B, A) of floats.
+    """Return log pi(a|s) of the actions taken and the entropy of pi(.|s), (B,) each; actions (B,), or (B, n) of floats.
 
     log pi(a|s) = logit_a - log(sum of exp(logits))                                    discrete
     log pi(a|s) = sum over dimensions of -((a - mean) / std)^2 / 2 - log(std) - log(2 pi) / 2    continuous
     """
     if not actions.is_floating_point():
-        log_probs = policy.log_softmax(dim=1)  # (B, A)
+        log_probs = policy.log_softmax(dim=1)  # (B, n)
         entropy = -(log_probs.exp() * log_probs).sum(dim=1)
         return log_probs.gather(1, actions.unsqueeze(1)).squeeze(1), entropy
     means, log_stds = policy.chunk(2, dim=1)
@@ -246,16 +245,16 @@ def train(args: Args) -> dict:
     device = select_device(args.device, auto="cpu")
     torch.set_num_threads(1)  # so small a network is faster on one core than on several
     set_random_seed(args.seed)  # seeds torch, random and np.random; many environments draw from the last two
-    # Below 2^30, so that seed + global_step and seed + i fit the 32-bit int that some environments use.
+    # Below 2^30, so that seed + i fits the 32-bit int that some environments use.
     train_seed, eval_seed, final_seed = (np.random.SeedSequence(args.seed).generate_state(3) % 2**30).tolist()
 
     envs = make_envs(args)
     network = ActorCritic(envs.observation_space, envs.action_space, args).to(device)
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, eps=args.optimizer_eps, fused=True)
     rollout = Rollout(args.num_steps, args.num_envs, envs.observation_space.shape[0], envs.action_space)
-    run = Run(args, envs, network, optimizer=optimizer)
+    run = Run(args, envs, network, optimizer=optimizer)  # with --resume, loads both
     global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
-    envs.seed((train_seed + global_step) % 2**30)  # environment i gets this seed + i
+    envs.seed((train_seed + global_step) % 2**30)  # environment i gets this + i; a resumed run gets new episodes
     rollout.obs[-1] = envs.reset()
 
     while global_step < args.total_timesteps and run.mean_return(at_least=100) < args.target_return:
@@ -269,13 +268,13 @@ def train(args: Args) -> dict:
         with torch.no_grad():
             for t in range(args.num_steps):
                 policy = network(torch.from_numpy(rollout.obs[t]).to(device)).cpu()
-                run.check(global_step, observation=rollout.obs[t], policy=policy.numpy())
-                actions = choose_actions(policy, envs.action_space).numpy()  # (N,), or (N, A) of floats
-                rollout.obs[t + 1], rollout.rewards[t], dones, infos = envs.step(actions.tolist())
-                rollout.actions[t], rollout.ended[t] = actions, dones
+                run.check_finite(global_step, observation=rollout.obs[t], policy=policy.numpy())
+                actions = choose_actions(policy, envs.action_space).numpy()  # (N,), or (N, n) of floats
+                rollout.obs[t + 1], rollout.rewards[t], rollout.ended[t], infos = envs.step(actions.tolist())
+                rollout.actions[t] = actions  # where an episode ended, obs[t + 1] is the first one of the next
                 for i in np.flatnonzero([info["TimeLimit.truncated"] for info in infos]):  # only time ran out:
                     last_obs = torch.from_numpy(infos[i]["terminal_observation"]).to(device)
-                    rollout.rewards[t, i] += args.gamma * network.value(last_obs).item()  # V of what was cut off
+                    rollout.rewards[t, i] += args.gamma * network.value(last_obs).item()  # in place of what was to come
                 global_step += args.num_envs
                 run.log_episodes(global_step, infos)
 
@@ -283,18 +282,18 @@ def train(args: Args) -> dict:
             values = network.value(torch.from_numpy(rollout.obs).to(device)).cpu().numpy()  # (T + 1, N)
             advantages, returns = compute_gae(rollout.rewards, values, rollout.ended, args.gamma, args.gae_lambda)
             columns = rollout.obs[:-1], rollout.actions, advantages, returns
-            obs, actions, *judged = (torch.from_numpy(column).flatten(0, 1).to(device) for column in columns)
-            old_log_probs, _ = log_probs_and_entropy(network(obs), actions)
-            batch = (obs, actions, old_log_probs, *judged)
+            obs, actions, advantages, returns = (torch.from_numpy(c).flatten(0, 1).to(device) for c in columns)
+            old_log_probs, _ = log_probs_and_entropy(network(obs), actions)  # the network is still pi_old
+            batch = (obs, actions, old_log_probs, advantages, returns)
 
         # Learn: update_epochs passes over the batch. Each shuffles it and cuts it into minibatches (mb).
         for _ in range(args.update_epochs):
             for indices in torch.randperm(len(obs)).to(device).split(len(obs) // args.num_minibatches):
-                mb_obs, mb_actions, mb_log_probs, mb_advantages, mb_returns = (c[indices] for c in batch)
+                mb_obs, mb_actions, mb_old_log_probs, mb_advantages, mb_returns = (column[indices] for column in batch)
                 if args.norm_advantages:
                     mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
                 log_probs, entropy = log_probs_and_entropy(network(mb_obs), mb_actions)
-                policy_loss, log_ratio = ppo_loss(log_probs, mb_log_probs, mb_advantages, clip_coef)
+                policy_loss, log_ratio = ppo_loss(log_probs, mb_old_log_probs, mb_advantages, clip_coef)
                 value_loss = critic_loss(network.value(mb_obs), mb_returns)
                 loss = policy_loss + args.value_coef * value_loss - args.entropy_coef * entropy.mean()
                 optimizer.zero_grad()
@@ -305,12 +304,12 @@ def train(args: Args) -> dict:
             if approx_kl(log_ratio) > args.target_kl:
                 break
 
-        # Log: what the last minibatch gave, before its gradient step, and how well the values explain the returns.
-        run.check(global_step, observation=rollout.obs[-1], reward=rollout.rewards, loss=loss.item())
+        # Log: of the last minibatch, before its gradient step; of the rollout, how well V (returns - advantages) fits.
+        run.check_finite(global_step, observation=rollout.obs[-1], reward=rollout.rewards, loss=loss.item())
         metrics = {"policy_loss": policy_loss.item(), "value_loss": value_loss.item(), "entropy": entropy.mean().item()}
         metrics["approx_kl"] = approx_kl(log_ratio)
         metrics["clip_fraction"] = ((log_ratio.exp() - 1.0).abs() > clip_coef).float().mean().item()
-        metrics["explained_variance"] = 1.0 - float((returns - values[:-1]).var() / max(returns.var(), 1e-8))
+        metrics["explained_variance"] = 1.0 - (advantages.var() / returns.var().clamp(min=1e-8)).item()
         run.log(global_step, "train", **metrics, learning_rate=learning_rate)
 
         # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
@@ -328,7 +327,7 @@ def train(args: Args) -> dict:
 def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env_options) -> np.ndarray:
     """Play num_episodes greedily, num_envs side by side; return their returns, (num_episodes,).
 
-    How many each environment plays is fixed beforehand: the first N to end would be mostly short ones.
+    How many each environment plays is fixed beforehand: the first N to end would favour short episodes.
     """
     n, device = min(args.num_envs, num_episodes), next(network.parameters()).device
     envs = DummyVecEnv([partial(make_env, args, evaluation=True, **env_options)] * n)
@@ -338,7 +337,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
         actions = choose_actions(network(torch.from_numpy(obs).to(device)), envs.action_space, greedy=True)
         obs, _, _, infos = envs.step(actions.tolist())
         for i, info in enumerate(infos):
-            if "episode" in info and len(returns[i]) < (num_episodes + i) // n:
+            if "episode" in info and len(returns[i]) < (num_episodes + i) // n:  # these add up to num_episodes
                 returns[i].append(info["episode"]["r"])
     envs.close()
     return np.concatenate(returns)
@@ -347,7 +346,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 # === Environment ======================================================================================================
 
 
-class VectorEnv(gym.Wrapper):
+class FlatEnv(gym.Wrapper):
     """Gives an environment, as users write them, the form that the rest relies on.
 
     Observations become float32 vectors, copied, since some environments overwrite theirs; Discrete, Tuple and Dict are
@@ -395,7 +394,7 @@ def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None
         raise UsageError(f"--env-id {args.env_id}: {error}") from None
     if evaluation and env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)  # without a limit a good policy would never end its evaluation
-    env = gym.wrappers.RecordEpisodeStatistics(VectorEnv(env), buffer_length=1)
+    env = gym.wrappers.RecordEpisodeStatistics(FlatEnv(env), buffer_length=1)
     if video_dir is not None:
         env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)  # frames
     return env
@@ -556,7 +555,7 @@ class Run:
         """Return the mean return of the last 100 training episodes; -inf where fewer than at_least have ended."""
         return float(np.mean(self.record["returns"])) if len(self.record["returns"]) >= at_least else -np.inf
 
-    def check(self, global_step: int, **values):
+    def check_finite(self, global_step: int, **values):
         """End the run at the step at which one of these is NaN or infinite; the last checkpoint is from before."""
         for name, value in values.items():
             if not (np.abs(value) < 3.4e38).all():  # the largest float32; NaN is not below it either
@@ -590,7 +589,7 @@ class Run:
     def save(self):
         """Write last.pt: all that --resume needs; the environments begin new episodes then."""
         now = time.perf_counter()
-        self.check(self.counts["global_step"], network=sum(p.detach().sum() for p in self.network.parameters()).item())
+        self.check_finite(self.counts["global_step"], network=sum(p.sum() for p in self.network.parameters()).item())
         self.tensorboard.flush()
         self.record |= {"csv_size": self.csv.tell(), "seconds": now - self.started}
         about = {"args": asdict(self.args), "counts": self.counts, "record": self.record}

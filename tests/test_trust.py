@@ -662,7 +662,7 @@ def test_nonsense_is_refused_before_anything_is_written(name, arguments, message
 
 @each_script
 def test_a_number_that_float32_cannot_hold_ends_the_run(name):
-    check = load(ROOT / f"{name}.py").Run.check
+    check = load(ROOT / f"{name}.py").Run.check_finite
     check(None, 8, reward=np.array([1e38, -1.0]))
     for value in (1e39, -math.inf, math.nan):
         with pytest.raises(SystemExit, match="the reward is not finite at step 8"):
