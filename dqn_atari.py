@@ -23,7 +23,7 @@ other environment whose observation is one 84x84 grey frame is learned too (docs
     python dqn_atari.py --play runs/NAME/best.pt --render
 
 Breakout without a GPU, the mean score of the last 100 training games, seed 1: on two cores 88 after an hour, which is a
-million transitions; another run, on one thread, 207 at 3.27 million; none has run to 10 million. Pong as above ends
+million transitions; another run, on one thread, 322 at 5.14 million; none has run to 10 million. Pong as above ends
 after 28 minutes on two cores (seed 3), and on one thread after 49, 58 and 65 (seeds 1 to 3). All bfloat16.
 
 Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, seed 1
