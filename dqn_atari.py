@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.11,<3.14"
-# dependencies = [
-#     "ale-py==0.12.1", "gymnasium==1.4.0", "moviepy==2.2.1", "numpy==2.4.6", "opencv-python-headless==5.0.0.93",
-#     "psutil==7.2.2", "pygame==2.6.1", "stable-baselines3==2.9.2", "tensorboard==2.21.0", "torch==2.13.0",
-#     "tqdm==4.70.1", "tyro==1.0.16",
-# ]
+# dependencies = ["ale-py==0.12.1", "gymnasium==1.4.0", "moviepy==2.2.1", "numpy==2.4.6",
+#                 "opencv-python-headless==5.0.0.93", "psutil==7.2.2", "pygame==2.6.1", "stable-baselines3==2.9.2",
+#                 "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.16"]
 # ///
 """DQN on Atari: deep Q-learning from pixels (Mnih et al., Nature 518, 2015).
 
@@ -22,20 +20,21 @@ other environment whose observation is one 84x84 grey frame is learned too (docs
     python dqn_atari.py --resume runs/NAME
     python dqn_atari.py --play runs/NAME/best.pt --render
 
-Breakout without a GPU, the mean score of the last 100 training games, seed 1: on two cores 88 after an hour, which is a
-million transitions; another run, on one thread, 322 at 5.14 million; none has run to 10 million. Pong as above ends
+Breakout without a GPU, mean score of the last 100 training games, seed 1: 88 after an hour on two cores (a million
+transitions); in another run, on one thread, 322 at 5.14 million. No run has gone to 10 million. Pong as above ends
 after 28 minutes on two cores (seed 3), and on one thread after 49, 58 and 65 (seeds 1 to 3). All bfloat16.
 
-Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, seed 1
+Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, seed 1, one thread
     return_mean_100      1.2        22       45       84           (whole games; a random player: about 1.3)
     evaluation           -          30       46       142          (of 5 games: noisy)
     loss                 0.003      0.018    0.024    0.035        (medians of the 50,000 before; it has spikes)
     q_taken              0.1        1.1      1.9      2.6          (the same)
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
-of play. An Atari game's train/episode_length counts frames, those of no-ops and FIRE too. A memory of a million
-transitions takes 7 GB, each game's process 17 MB (Windows: 160). Without --checkpoint-memory a resumed run begins with
-an empty memory, and plays --learning-starts transitions before it learns on (for a long run give more than 20,000).
+of play. An Atari game's train/episode_length counts emulator frames, those of no-ops and FIRE too. A memory of a
+million transitions takes 7 GB, each game's process 17 MB (Windows: 160). Without --checkpoint-memory a resumed run
+begins with an empty memory, and plays --learning-starts transitions before it learns on (for a long run give more than
+20,000).
 
 A training episode is a life; an evaluation plays the whole game. In both, each further life begins with a no-op and,
 where action 1 is FIRE, actions 1 and 2: the agent never learns that FIRE begins a life, so evaluations press it too.
@@ -47,13 +46,13 @@ He initialisation, as ReLUs died on Pong with PyTorch's; a gradient step every 6
 holds more play; target copies every 667 gradient steps instead of 10,000; 10 million transitions instead of 50; epsilon
 down to 0.01 after 250,000 instead of 0.1 after 1 million; learning from 20,000 on instead of 50,000; evaluations of
 whole games at epsilon 0.01, not of 5 minutes at 0.05; FIRE pressed for the agent; several games side by side; a
-bootstrap where a game runs out of time; bfloat16 on processors with instructions for it. No double or dueling networks,
-no prioritised replay.
+bootstrap where a game runs out of time; bfloat16 on processors with instructions for it. As in the paper, there are no
+double or dueling networks, and no prioritised replay.
 
 Differences from dqn_cartpole.py: AtariGame, PixelEnv and push_frames; a convolutional network; a memory of frames with
-n-step returns; target copies; a learning rate that falls over --learning-rate-steps; the Huber loss; an epsilon in
-evaluations; CUDA where there is one, else all cores. On a CPU the same seed gives the same parameters with the same
-versions, kind of processor, number of threads and --buffer-size (its default depends on free memory).
+n-step returns, as large as fits; target copies; a learning rate that falls over --learning-rate-steps; the Huber loss;
+an epsilon in evaluations; CUDA where there is one, else all cores. On a CPU a seed gives the same parameters with
+the same versions, kind of processor, number of threads and --buffer-size (its default depends on free memory).
 """
 
 import argparse
@@ -88,10 +87,8 @@ from tqdm import tqdm
 SCRIPT = "dqn_atari"  # in the names of run directories, and in checkpoints
 
 # === Arguments ========================================================================================================
-
 Count = Annotated[int, 1, 10**9]  # a type, and the range that a flag must lie in
 Positive = Annotated[float, 1e-12, 1e9]
-NonNegative = Annotated[float, 0, 1e9]
 Fraction = Annotated[float, 0, 1]
 CONTAINER_LIMIT = "/sys/fs/cgroup/memory.max"  # Linux: bytes, or "max"; a batch job's limit may stand elsewhere
 
@@ -120,11 +117,11 @@ class Args:
 
     # optimisation
     learning_rate: Positive = 2e-4  # step size of Adam at the start
-    learning_rate_end: NonNegative = 5e-5  # step size once the schedule has ended
+    learning_rate_end: Annotated[float, 0, 1e9] = 5e-5  # step size once the schedule has ended
     learning_rate_steps: Count = 1_500_000  # transitions over which the learning rate falls, in a straight line
     optimizer_eps: Positive = 1e-8  # Adam's epsilon: added to the denominator of its step
     loss: Literal["mse", "huber"] = "huber"  # squared TD error; huber: half of it, but linear for errors beyond 1
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a CPU that has it, without a GPU
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on an x86 CPU with it, without a GPU
 
     # environment
     env_id: str = "BreakoutNoFrameskip-v4"  # or ALE/{Game}-v5: sticky actions; or module:Env-v0 with frames of your own
@@ -149,7 +146,7 @@ class Args:
     resume: str = ""  # run directory of a stopped run: go on with it
     play: str = ""  # checkpoint file: evaluate it, without training
     render: bool = False  # with --play: show three games in a window
-    video: bool = False  # film a game of the best network into the run's videos/
+    video: bool = False  # film 1,500 steps of a game of the best network into the run's videos/
     track: Literal["none", "swanlab", "wandb"] = "none"  # mirror TensorBoard to a tracker
 
     def __post_init__(self):
@@ -159,24 +156,24 @@ class Args:
 
 
 def fit_memory(args: Args):
-    """Set args.buffer_size to its default; refuse what does not fit: as it fills, it would end the run hours later."""
+    """Set args.buffer_size to its default; refuse what does not fit: once full, hours later, it would end the run."""
     free, limit = psutil.virtual_memory().available, Path(CONTAINER_LIMIT)
     if limit.exists() and limit.read_text() != "max\n":
         used = limit.with_name("memory.stat").read_text().split()[1]  # anon: what is no file's
         free = min(free, int(limit.read_text()) - int(used))
-    free -= 3e8 if "forkserver" in multiprocessing.get_all_start_methods() else 1.6e8 * args.num_envs  # the games
+    forkserver = "forkserver" in multiprocessing.get_all_start_methods()
+    free -= 1.6e8 + 1.75e7 * args.num_envs if forkserver else 1.6e8 * args.num_envs  # the games' processes
     fit = max(0, int(0.9 * free)) // (84 * 84 + 8)  # transitions: a frame and 8 bytes each; a tenth stays free
     if args.buffer_size is None:  # 0.9 of what fits: it has to fit again at a resume, with less memory free
         args.buffer_size = min(1_000_000, math.ceil(0.9 * fit))
         if args.buffer_size < 1_000_000:
             print(f"the replay memory holds {args.buffer_size:,} transitions, not 1,000,000: 0.9 of what fits")
-        require(args, "learning_starts", args.learning_starts <= args.buffer_size, "the replay memory holds fewer")
+        enough = args.learning_starts <= args.buffer_size
+        require(args, "learning_starts", enough, f"the replay memory that fits holds {args.buffer_size:,}")
     require(args, "buffer_size", args.buffer_size <= fit, f"{fit:,} transitions fit into free memory")
 
 
 # === Network ==========================================================================================================
-
-
 class QNetwork(nn.Module):
     """Q(s, a) for all actions at once: obs (B, 4, 84, 84) uint8 -> q_values (B, num_actions).
 
@@ -223,8 +220,6 @@ class QNetwork(nn.Module):
 
 
 # === Replay memory ====================================================================================================
-
-
 class Batch(NamedTuple):
     """B transitions, or chains of m <= n_step: obs and actions of the first, next_obs and terminated of the last."""
 
@@ -296,7 +291,7 @@ class ReplayMemory:
             index[rejected] = torch.randint(self.filled, (rejected.size,)).numpy()
 
         last, discounts, rewards = index, np.full(batch_size, gamma, np.float32), arrays["rewards"][index]
-        # Go on while the next slot is drawable: an episode's end is not, nor the newest, which precedes the 3 oldest.
+        # Go on while the next slot is drawable. What ended an episode is not, nor the newest: no chain crosses either.
         for _ in range(n_step - 1):
             following = (last + self.num_envs) % self.capacity
             follows = arrays["drawable"][following]
@@ -338,8 +333,6 @@ class ReplayMemory:
 
 
 # === Equations ========================================================================================================
-
-
 def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, loss_function):
     """Return the TD loss (Mnih et al. 2015), and Q(s, a) of the actions taken, (B,).
 
@@ -363,8 +356,6 @@ def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
 
 
 # === Training =========================================================================================================
-
-
 def train(args: Args) -> dict:
     """Train from the start, or go on from args.resume (with these args, not the saved ones); return the results."""
     device = select_device(args.device, auto="cuda" if torch.cuda.is_available() else "cpu")
@@ -405,9 +396,7 @@ def train(args: Args) -> dict:
         explore = torch.rand(args.num_envs) < epsilon
         random_actions = torch.randint(envs.action_space.n, (args.num_envs,))
         actions = torch.where(explore, random_actions, q_values.argmax(dim=1).cpu()).numpy()
-
-        # Send the actions: with --vec-env subproc the environments step while this process learns.
-        envs.step_async(actions.tolist())  # plain ints: quicker to send than NumPy's
+        envs.step_async(actions.tolist())  # with --vec-env subproc the environments step while this process learns
         global_step += args.num_envs
 
         # Learn: one gradient step per train_frequency transitions, however many environments there are.
@@ -457,14 +446,9 @@ def train(args: Args) -> dict:
 
 
 # === Evaluation =======================================================================================================
-
-
 @torch.no_grad()
 def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env_options) -> np.ndarray:
-    """Play num_episodes whole games at eval_epsilon, num_envs side by side; return their scores, unclipped.
-
-    How many each environment plays is fixed beforehand: the first N games to end would be mostly short ones.
-    """
+    """Play num_episodes whole games at eval_epsilon, num_envs side by side; return their scores, unclipped."""
     n, device = min(args.num_envs, num_episodes), next(network.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     envs = DummyVecEnv([partial(make_env, args, evaluation=True, **env_options)] * n)
@@ -479,6 +463,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
         frames, _, dones, infos = envs.step(actions.tolist())
         push_frames(stacks, frames, ended=dones)
         for i, info in enumerate(infos):
+            # How many each environment plays is fixed beforehand: the first N to end would favour short episodes.
             if "episode" in info and len(returns[i]) < (num_episodes + i) // n:  # these add up to num_episodes
                 returns[i].append(info["episode"]["r"])
     envs.close()
@@ -486,8 +471,6 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 
 # === Environment ======================================================================================================
-
-
 class AtariGame(gym.Wrapper):
     """A game as the agent meets it: one 84x84 grey frame and one reward per action, held for 4 emulator frames.
 
@@ -498,7 +481,7 @@ class AtariGame(gym.Wrapper):
     training=True   an episode is one life
     training=False  an episode is a whole game; step() begins the next life
 
-    Where a game ended since the last step (maybe in the no-op or FIRE after a lost life, between two steps),
+    At the step in which a game ended (or the next one, where the no-op or FIRE after a lost life ended it),
     info["episode"] holds its raw score "r" and its length "l" in emulator frames, no-ops included.
     """
 
@@ -508,7 +491,7 @@ class AtariGame(gym.Wrapper):
         self.ale = env.unwrapped.ale
         meanings = env.unwrapped.get_action_meanings()
         self.actions = [ale_py.Action[meaning] for meaning in meanings]
-        self.start_actions = [1, 2] if meanings[1] == "FIRE" else []  # FIRE begins; a few games need a second action
+        self.start_actions = self.actions[1:3] if meanings[1] == "FIRE" else []  # FIRE begins a life
         self.screens = np.zeros((2, *self.ale.getScreenDims(), 3), np.uint8)  # the last two emulator frames
         self.observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
         self.metadata = {**env.metadata, "render_fps": 15}  # 60 emulator frames per second, 4 per step
@@ -517,11 +500,11 @@ class AtariGame(gym.Wrapper):
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         lives = self.lives
-        reward, terminated, truncated = self._repeat(action)
-        # Begin the next life with the actions of reset() in training. Unlike there, the stack of frames goes on.
+        reward, terminated, truncated = self._repeat(self.actions[action])
+        # Begin the next life with the actions of reset() in training, to the end. The stack of frames goes on.
         while not self.training and 0 < self.lives < lives:
             lives = self.lives  # in a loop: these actions may lose another
-            for start_action in (0, *self.start_actions):  # where they end the game, the emulator stands still
+            for start_action in (ale_py.Action.NOOP, *self.start_actions):  # once over, the emulator stands still
                 gained, terminated, truncated = self._repeat(start_action)
                 reward += gained
         info, self.info = self.info, {}
@@ -533,7 +516,7 @@ class AtariGame(gym.Wrapper):
         self._next_episode(seed, options)
         for action in self.start_actions:
             _, terminated, truncated = self._repeat(action)
-            if terminated or truncated:
+            if terminated or truncated:  # as in SB3: the next episode begins with the rest of them only
                 self._next_episode()
         return self._observe(), {}
 
@@ -541,11 +524,11 @@ class AtariGame(gym.Wrapper):
         # The maximum again: every fourth screen alone would never show some of the sprites.
         return self.screens.max(axis=0) if self.render_mode == "rgb_array" else self.env.render()
 
-    def _repeat(self, action: int) -> tuple[int, bool, bool]:
+    def _repeat(self, action: ale_py.Action) -> tuple[int, bool, bool]:
         """Hold an action for 4 emulator frames; returns the raw reward, terminated, truncated."""
         reward = 0
         for frame in range(4):
-            reward += self.ale.act(self.actions[action])
+            reward += self.ale.act(action)
             if frame >= 2:
                 self.ale.getScreenRGB(self.screens[frame - 2])
             if self.ale.game_over():
@@ -558,18 +541,18 @@ class AtariGame(gym.Wrapper):
         if self.game_over:
             self.info = {"episode": {"r": float(self.score), "l": self.ale.getEpisodeFrameNumber()}}
         lives, self.lives = self.lives, self.ale.lives()
-        # Only a drop to a positive count is a lost life: some games (BankHeist) show 0 a while before they are over.
+        # As in SB3, a drop to 0 is no lost life: some games show it a while before they are over, or in the last life.
         return reward, terminated or (self.training and 0 < self.lives < lives), truncated
 
     def _next_episode(self, seed: int | None = None, options: dict | None = None):
         if self.training and not self.game_over:
-            self._repeat(0)  # one no-op moves past the loss; what it gains counts for the score, not for the agent
+            self._repeat(ale_py.Action.NOOP)  # past the loss; what it gains counts for the score, not for the agent
             if not self.game_over:
                 return
         self.env.reset(seed=seed, options=options)
         self.score = 0
         for _ in range(self.env.unwrapped.np_random.integers(1, 31)):  # no-op frames: games begin differently
-            self.score += self.ale.act(self.actions[0])
+            self.score += self.ale.act(ale_py.Action.NOOP)
             if self.ale.game_over():
                 self.env.reset()
                 self.score = 0
@@ -654,18 +637,12 @@ def make_worker_env(args: Args, index: int):
 
 
 def make_envs(args: Args):
-    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,).
-
-    A VecEnv resets an environment inside the step that ends its episode. That episode's last observation is then in
-    infos[i]["terminal_observation"]. infos[i]["TimeLimit.truncated"] says, at every step, whether it was only cut off.
-    """
+    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,)."""
     make_env(args).close()  # an environment that fails is reported once, not by every worker
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
-    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
-        multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
-    others = multiprocessing.active_children()  # the workers made here are killed at exit: they ignore one SIGTERM
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p not in others])
+    multiprocessing.set_forkserver_preload(["stable_baselines3", "tyro"])  # once for all workers: saves 150 MB each
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # they ignore SIGTERM
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
     except (EOFError, OSError):  # Ctrl-C ends workers that are just being started

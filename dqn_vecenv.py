@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.11,<3.14"
-# dependencies = [
-#     "gymnasium==1.4.0", "moviepy==2.2.1", "numpy==2.4.6", "pygame==2.6.1", "stable-baselines3==2.9.2",
-#     "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.16",
-# ]
+# dependencies = ["gymnasium==1.4.0", "moviepy==2.2.1", "numpy==2.4.6", "pygame==2.6.1", "stable-baselines3==2.9.2",
+#                 "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.16"]
 # ///
 """DQN over many environments: dqn_cartpole.py, fed by worker processes, by EnvPool or by Ray.
 
@@ -65,10 +63,8 @@ from tqdm import tqdm
 SCRIPT = "dqn_vecenv"  # in the names of run directories, and in checkpoints
 
 # === Arguments ========================================================================================================
-
 Count = Annotated[int, 1, 10**9]  # a type, and the range that a flag must lie in
 Positive = Annotated[float, 1e-12, 1e9]
-NonNegative = Annotated[float, 0, 1e9]
 Fraction = Annotated[float, 0, 1]
 
 
@@ -94,7 +90,7 @@ class Args:
 
     # optimisation
     learning_rate: Positive = 1e-3  # step size of Adam at the start
-    learning_rate_end: NonNegative = 0.0  # step size at the end; it falls in a straight line over total_timesteps
+    learning_rate_end: Annotated[float, 0, 1e9] = 0.0  # at the end; it falls in a straight line over total_timesteps
     optimizer_eps: Positive = 1e-4  # Adam's epsilon: added to the denominator of its step
     loss: Literal["mse", "huber"] = "mse"  # squared TD error; huber: half of it, but linear for errors beyond 1
 
@@ -128,15 +124,12 @@ class Args:
 
 
 # === Network ==========================================================================================================
-
-
 class QNetwork(nn.Module):
-    """Q(s, a) for all actions at once: obs (B, obs_dim) -> q_values (B, num_actions)."""
+    """Q(s, a) of all actions at once, with no activation at the end: obs (B, obs_dim) -> q_values (B, num_actions)."""
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
         d, h, n = observation_space.shape[0], args.hidden_size, action_space.n
-        # No activation at the end: a Q-value can be any number.
         self.layers = nn.Sequential(nn.Linear(d, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, n))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
@@ -144,8 +137,6 @@ class QNetwork(nn.Module):
 
 
 # === Replay memory ====================================================================================================
-
-
 class Batch(NamedTuple):
     """B transitions: what the agent saw, did and got, what it saw next, and whether the episode terminated there."""
 
@@ -162,13 +153,8 @@ class ReplayMemory:
     def __init__(self, capacity: int, obs_dim: int):
         self.capacity = capacity
         self.added = 0  # transitions ever added; the next one goes to slot added % capacity
-        self.columns = Batch(
-            obs=torch.zeros(capacity, obs_dim),
-            actions=torch.zeros(capacity, dtype=torch.int64),
-            rewards=torch.zeros(capacity),
-            next_obs=torch.zeros(capacity, obs_dim),
-            terminated=torch.zeros(capacity),
-        )
+        zeros = partial(torch.zeros, capacity)  # a row per transition
+        self.columns = Batch(zeros(obs_dim), zeros(dtype=torch.int64), zeros(), zeros(obs_dim), zeros())
 
     def add(self, *transitions: np.ndarray):
         """Store one transition per environment: arrays (num_envs, ...) in the order of Batch. Overwrites the oldest."""
@@ -194,8 +180,6 @@ class ReplayMemory:
 
 
 # === Equations ========================================================================================================
-
-
 def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, gamma: float, loss_function):
     """Return the TD loss (Mnih et al. 2015), and Q(s, a) of the actions taken, (B,).
 
@@ -225,8 +209,6 @@ def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
 
 
 # === Training =========================================================================================================
-
-
 def train(args: Args) -> dict:
     """Train from the start, or go on from args.resume (with these args, not the saved ones); return the results."""
     device = select_device(args.device, auto="cpu")
@@ -257,9 +239,7 @@ def train(args: Args) -> dict:
         explore = torch.rand(args.num_envs) < epsilon
         random_actions = torch.randint(envs.action_space.n, (args.num_envs,))
         actions = torch.where(explore, random_actions, q_values.argmax(dim=1).cpu()).numpy()
-
-        # Send the actions: with --vec-env subproc the environments step while this process learns.
-        envs.step_async(actions.tolist())  # plain ints: quicker to send than NumPy's
+        envs.step_async(actions.tolist())  # with --vec-env subproc the environments step while this process learns
         global_step += args.num_envs
 
         # Learn: one gradient step per train_frequency transitions, however many environments there are.
@@ -306,14 +286,9 @@ def train(args: Args) -> dict:
 
 
 # === Evaluation =======================================================================================================
-
-
 @torch.no_grad()
 def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env_options) -> np.ndarray:
-    """Play num_episodes greedily, num_envs side by side; return their returns, (num_episodes,).
-
-    How many each environment plays is fixed beforehand: the first N to end would favour short episodes.
-    """
+    """Play num_episodes greedily, num_envs side by side; return their returns, (num_episodes,)."""
     n, device = min(args.num_envs, num_episodes), next(network.parameters()).device
     envs = DummyVecEnv([partial(make_env, args, evaluation=True, **env_options)] * n)
     envs.seed(seed)
@@ -322,6 +297,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
         actions = network(torch.from_numpy(obs).to(device)).argmax(dim=1)
         obs, _, _, infos = envs.step(actions.tolist())
         for i, info in enumerate(infos):
+            # How many each environment plays is fixed beforehand: the first N to end would favour short episodes.
             if "episode" in info and len(returns[i]) < (num_episodes + i) // n:  # these add up to num_episodes
                 returns[i].append(info["episode"]["r"])
     envs.close()
@@ -329,14 +305,8 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 
 # === Environment ======================================================================================================
-
-
 class FlatEnv(gym.Wrapper):
-    """Gives an environment, as users write them, the form that the rest relies on.
-
-    Observations become float32 vectors, copied, since some environments overwrite theirs; Discrete, Tuple and Dict are
-    flattened. Actions become NumPy integers, as action_space.sample() gives them. The info becomes empty.
-    """
+    """Gives any environment the form that the rest relies on: float32 vectors, NumPy integers as actions, no info."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -361,7 +331,7 @@ class FlatEnv(gym.Wrapper):
     def vector(self, obs) -> np.ndarray:
         if not isinstance(self.env.observation_space, gym.spaces.Box):  # flatten would cast the numbers of a Box
             obs = gym.spaces.flatten(self.env.observation_space, obs)
-        return np.array(obs, np.float32).reshape(self.observation_space.shape)
+        return np.array(obs, np.float32).reshape(self.observation_space.shape)  # a copy: some envs overwrite theirs
 
 
 def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None, **options):
@@ -390,18 +360,12 @@ def make_worker_env(args: Args, index: int):
 
 
 def make_envs(args: Args):
-    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,).
-
-    A VecEnv resets an environment inside the step that ends its episode. That episode's last observation is then in
-    infos[i]["terminal_observation"]. infos[i]["TimeLimit.truncated"] says, at every step, whether it was only cut off.
-    """
+    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,)."""
     make_env(args).close()  # an environment that fails is reported once, not by every worker
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
-    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
-        multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
-    others = multiprocessing.active_children()  # the workers made here are killed at exit: they ignore one SIGTERM
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p not in others])
+    multiprocessing.set_forkserver_preload(["stable_baselines3", "tyro"])  # once for all workers: saves 150 MB each
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # they ignore SIGTERM
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
     except (EOFError, OSError):  # Ctrl-C ends workers that are just being started

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.11,<3.14"
-# dependencies = [
-#     "gymnasium==1.4.0", "moviepy==2.2.1", "numpy==2.4.6", "pygame==2.6.1", "stable-baselines3==2.9.2",
-#     "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.16",
-# ]
+# dependencies = ["gymnasium==1.4.0", "moviepy==2.2.1", "numpy==2.4.6", "pygame==2.6.1", "stable-baselines3==2.9.2",
+#                 "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.16"]
 # ///
 """PPO on CartPole: proximal policy optimisation, small and complete (Schulman et al., arXiv 1707.06347, 2017).
 
@@ -63,7 +61,6 @@ from tqdm import tqdm
 SCRIPT = "ppo_cartpole"  # in the names of run directories, and in checkpoints
 
 # === Arguments ========================================================================================================
-
 Count = Annotated[int, 1, 10**9]  # a type, and the range that a flag must lie in
 Positive = Annotated[float, 1e-12, 1e9]
 NonNegative = Annotated[float, 0, 1e9]
@@ -125,8 +122,6 @@ class Args:
 
 
 # === Network ==========================================================================================================
-
-
 class ActorCritic(nn.Module):
     """Two networks without a shared weight: obs (B, obs_dim) -> policy, and obs -> value (B,).
 
@@ -154,8 +149,6 @@ class ActorCritic(nn.Module):
 
 
 # === Rollout ==========================================================================================================
-
-
 class Rollout:
     """T = num_steps steps of N = num_envs environments, in arrays that each rollout overwrites."""
 
@@ -168,8 +161,6 @@ class Rollout:
 
 
 # === Equations ========================================================================================================
-
-
 def compute_gae(rewards, values, ended, gamma: float, gae_lambda: float):
     """Return advantages and returns, (T, N) each: generalised advantage estimation (GAE; Schulman et al. 2016).
 
@@ -238,8 +229,6 @@ def critic_loss(values, returns):
 
 
 # === Training =========================================================================================================
-
-
 def train(args: Args) -> dict:
     """Train from the start, or go on from args.resume (with these args, not the saved ones); return the results."""
     device = select_device(args.device, auto="cpu")
@@ -321,14 +310,9 @@ def train(args: Args) -> dict:
 
 
 # === Evaluation =======================================================================================================
-
-
 @torch.no_grad()
 def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env_options) -> np.ndarray:
-    """Play num_episodes greedily, num_envs side by side; return their returns, (num_episodes,).
-
-    How many each environment plays is fixed beforehand: the first N to end would favour short episodes.
-    """
+    """Play num_episodes greedily, num_envs side by side; return their returns, (num_episodes,)."""
     n, device = min(args.num_envs, num_episodes), next(network.parameters()).device
     envs = DummyVecEnv([partial(make_env, args, evaluation=True, **env_options)] * n)
     envs.seed(seed)
@@ -337,6 +321,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
         actions = choose_actions(network(torch.from_numpy(obs).to(device)), envs.action_space, greedy=True)
         obs, _, _, infos = envs.step(actions.tolist())
         for i, info in enumerate(infos):
+            # How many each environment plays is fixed beforehand: the first N to end would favour short episodes.
             if "episode" in info and len(returns[i]) < (num_episodes + i) // n:  # these add up to num_episodes
                 returns[i].append(info["episode"]["r"])
     envs.close()
@@ -344,15 +329,8 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 
 # === Environment ======================================================================================================
-
-
 class FlatEnv(gym.Wrapper):
-    """Gives an environment, as users write them, the form that the rest relies on.
-
-    Observations become float32 vectors, copied, since some environments overwrite theirs; Discrete, Tuple and Dict are
-    flattened. Actions become what action_space.sample() gives: NumPy integers, or arrays within the bounds. The info
-    becomes empty.
-    """
+    """Gives any environment the form that the rest relies on: float32 vectors, actions as sample() gives, no info."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -383,7 +361,7 @@ class FlatEnv(gym.Wrapper):
     def vector(self, obs) -> np.ndarray:
         if not isinstance(self.env.observation_space, gym.spaces.Box):  # flatten would cast the numbers of a Box
             obs = gym.spaces.flatten(self.env.observation_space, obs)
-        return np.array(obs, np.float32).reshape(self.observation_space.shape)
+        return np.array(obs, np.float32).reshape(self.observation_space.shape)  # a copy: some envs overwrite theirs
 
 
 def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None, **options):
@@ -412,18 +390,12 @@ def make_worker_env(args: Args, index: int):
 
 
 def make_envs(args: Args):
-    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,).
-
-    A VecEnv resets an environment inside the step that ends its episode. That episode's last observation is then in
-    infos[i]["terminal_observation"]. infos[i]["TimeLimit.truncated"] says, at every step, whether it was only cut off.
-    """
+    """Return num_envs environments behind SB3's VecEnv: obs (num_envs, ...), rewards and dones (num_envs,)."""
     make_env(args).close()  # an environment that fails is reported once, not by every worker
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
-    if "forkserver" in multiprocessing.get_all_start_methods():  # workers share what it imports, some 150 MB
-        multiprocessing.set_forkserver_preload(["torch", "gymnasium", "stable_baselines3.common.vec_env", "tyro"])
-    others = multiprocessing.active_children()  # the workers made here are killed at exit: they ignore one SIGTERM
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p not in others])
+    multiprocessing.set_forkserver_preload(["stable_baselines3", "tyro"])  # once for all workers: saves 150 MB each
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # they ignore SIGTERM
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
     except (EOFError, OSError):  # Ctrl-C ends workers that are just being started

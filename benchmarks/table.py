@@ -1,10 +1,7 @@
 """Print the tables of docs/results.md, of the results in benchmarks/results/NAME/summary.csv.
 
-python benchmarks/table.py dqn_cartpole                                     # a row per seed
 python benchmarks/table.py dqn_cartpole ppo_cartpole                        # a row per set of runs
-python benchmarks/table.py --rates dqn_cartpole ppo_cartpole                # the same, with 95 % intervals
-python benchmarks/table.py --settings dqn_lstm_cartpole_set                 # a row per NAME_*, which differ by flags
-python benchmarks/table.py --settings dqn_lstm_popgym 2                     # the same, with two digits
+python benchmarks/table.py --settings dqn_lstm_popgym 2                     # a row per NAME_*, two digits
 """
 
 import csv
@@ -16,34 +13,6 @@ from pathlib import Path
 import numpy as np
 
 RESULTS = Path(__file__).resolve().parent / "results"
-COLUMNS = {
-    "seed": ("seed", "{:.0f}"),
-    "final_return_mean": ("final network, mean of 100 episodes", "{:.1f}"),
-    "final_return_min": ("worst of them", "{:.0f}"),
-    "worst_late_evaluation": ("worst evaluation in the last fifth", "{:.1f}"),
-}
-
-
-def table(name: str) -> str:
-    """Return a Markdown table with a row per seed."""
-    with open(RESULTS / name / "summary.csv") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: int(row["seed"]))
-    lines = ["| " + " | ".join(title for title, _ in COLUMNS.values()) + " |", "|" + "---:|" * len(COLUMNS)]
-    for row in rows:
-        cells = [form.format(float(row[column])) for column, (_, form) in COLUMNS.items()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def row_of(name: str) -> str:
-    """Return one row of a Markdown table, of all seeds: under HEAD."""
-    with open(RESULTS / name / "summary.csv") as file:
-        rows = list(csv.DictReader(file))
-    finals, late = ([float(row[column]) for row in rows] for column in ("final_return_mean", "worst_late_evaluation"))
-    return (
-        f"| [`{name}`](../benchmarks/results/{name}) | {len(rows)} | {sum(final >= 499.95 for final in finals)} "
-        f"| {min(finals):.1f} | {sum(final >= 475 for final in finals)} | {sum(worst >= 475 for worst in late)} |"
-    )
 
 
 def lowest_rate(hits: int, n: int) -> float:
@@ -67,16 +36,20 @@ def bootstrap(values: np.ndarray) -> np.ndarray:
     return np.percentile(values[draws].mean(axis=1), [2.5, 97.5], axis=0)
 
 
-def rates_of(name: str) -> str:
-    """Return one row of a Markdown table, with intervals: under RATES."""
+def row_of(name: str) -> str:
+    """Return one row of a Markdown table, of all seeds: under HEAD."""
     with open(RESULTS / name / "summary.csv") as file:
-        finals = np.array([float(row["final_return_mean"]) for row in csv.DictReader(file)])
-    hits, n = int((finals >= 499.95).sum()), len(finals)
-    low, high = (100 * rate for rate in rate_interval(hits, n))
-    least, most = bootstrap(finals)
+        rows = list(csv.DictReader(file))
+    finals, late = ([float(row[column]) for row in rows] for column in ("final_return_mean", "worst_late_evaluation"))
+
+    def share(hits: int) -> str:
+        low, high = (100 * rate for rate in rate_interval(hits, len(rows)))
+        return f"{hits} of {len(rows)} ({low:.3g} to {high:.3g} %)"
+
     return (
-        f"| [`{name}`](../benchmarks/results/{name}) | {hits} of {n} | {low:.3g} to {high:.3g} % "
-        f"| {finals.mean():.1f} | {least:.1f} to {most:.1f} |"
+        f"| [`{name}`](../benchmarks/results/{name}) | {share(sum(final >= 499.95 for final in finals))} "
+        f"| {share(sum(final >= 475 for final in finals))} | {min(finals):.1f} | {np.mean(finals):.1f} "
+        f"| {sum(worst >= 475 for worst in late)} |"
     )
 
 
@@ -97,17 +70,11 @@ def settings(name: str, digits: int = 0) -> str:
     return "\n".join(lines)
 
 
-HEAD = """| runs | seeds | final at 500.0 | lowest final | at 475 or more | none below 475 in the last fifth |
+HEAD = """| runs | final at 500.0 | at 475 or more | lowest final | mean final | none below 475 in the last fifth |
 |---|---:|---:|---:|---:|---:|"""
-RATES = """| runs | final at 500.0 | 95 % interval of that rate | mean final | its 95 % interval |
-|---|---:|---:|---:|---:|"""
 
 if __name__ == "__main__":
     if sys.argv[1] == "--settings":
         print(settings(sys.argv[2], *map(int, sys.argv[3:])))
-    elif sys.argv[1] == "--rates":
-        print(RATES, *map(rates_of, sys.argv[2:]), sep="\n")
-    elif len(sys.argv) == 2:
-        print(table(sys.argv[1]))
     else:
         print(HEAD, *map(row_of, sys.argv[1:]), sep="\n")

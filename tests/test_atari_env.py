@@ -5,6 +5,7 @@ import signal
 from functools import partial
 from types import SimpleNamespace
 
+import ale_py
 import cv2
 import gymnasium as gym
 import numpy as np
@@ -169,6 +170,24 @@ def test_each_life_of_an_evaluation_begins_with_fire():
     assert env.unwrapped.ale.game_over() and env.unwrapped.ale.lives() == 0
 
 
+def test_games_begin_with_no_ops_also_where_the_first_action_is_fire():
+    env = make_env(arguments("ALE/Backgammon-v5"))
+    assert env.unwrapped.get_action_meanings()[0] == "FIRE"
+    ale, held = env.ale, []
+
+    class Recorder:
+        def act(self, action):
+            held.append(action)
+            return ale.act(action)
+
+        def __getattr__(self, name):
+            return getattr(ale, name)
+
+    env.ale = Recorder()
+    env.reset(seed=0)
+    assert held and set(held) == {ale_py.Action.NOOP}
+
+
 def test_an_evaluation_presses_fire_again_where_a_life_is_lost_as_it_begins(monkeypatch):
     env = make_env(arguments(), evaluation=True)
     env.reset(seed=0)
@@ -181,7 +200,8 @@ def test_an_evaluation_presses_fire_again_where_a_life_is_lost_as_it_begins(monk
 
     monkeypatch.setattr(env, "_repeat", repeat)
     assert env.step(3)[1] == 7  # each reward counts
-    assert pressed == [3, 0, 1, 2, 0, 1, 2]
+    noop, fire, right = ale_py.Action.NOOP, ale_py.Action.FIRE, ale_py.Action.RIGHT
+    assert pressed == [ale_py.Action.LEFT, *[noop, fire, right] * 2]
 
 
 def test_a_game_whose_time_runs_out_while_a_life_begins_ends_in_that_step():

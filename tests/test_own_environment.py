@@ -16,7 +16,7 @@ from conftest import ROOT, load
 EXAMPLES = ROOT / "docs" / "examples"
 RESULTS = ROOT / "benchmarks" / "results"
 ENGLISH, CHINESE = ((ROOT / "docs" / f"own_environment{language}.md").read_text() for language in ("", ".zh-CN"))
-RUNS = ["own_corridor", "own_minigrid", "own_mario", "own_arm_defaults", "own_arm"]
+RUNS = ["own_corridor", "own_minigrid", "own_arm"]
 
 each_language = pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["en", "zh"])
 
@@ -36,7 +36,7 @@ def make(monkeypatch, needs, env_id):
 
 @each_language
 def test_each_block_is_the_text_of_its_file(text):
-    names = ("corridor", "minigrid_pixels", "mario_pixels", "nine_torques", "own_program")
+    names = ("minigrid_pixels", "nine_torques", "own_program")
     assert blocks(text, "python") == [(EXAMPLES / f"{name}.py").read_text() for name in names]
 
 
@@ -68,21 +68,13 @@ def test_the_returns_shown_are_those_of_the_raw_data(name, text):
 
 
 @each_language
-@pytest.mark.parametrize("name", ["own_arm_defaults", "own_arm"])
-def test_the_estimates_shown_are_those_of_the_raw_data(name, text):
-    curves = []
-    for path in sorted((RESULTS / name).glob("seed_*.csv")):
-        rows = [row for row in csv.DictReader(path.open()) if row["metric"] == "train/q_taken"]
-        curves.append([(int(row["step"]), float(row["value"])) for row in rows])
-    assert all(value < 0 for curve in curves for _, value in curve)
-    assert f" {', '.join(f'{curve[-1][1]:.1f}' for curve in curves)}" in text
-    if name == "own_arm_defaults":  # on its seed 3 they rise, and the last evaluation is the worst
-        late = next(value for step, value in curves[2] if step >= 80_000)
-        *_, third = csv.DictReader((RESULTS / name / "summary.csv").open())
-        assert f"{late:.1f}" == "-3.3" and "-3.3" in text and f" {float(third['best_return_mean']):.1f}" in text
-        rows = [row for row in csv.DictReader(path.open()) if row["metric"] == "eval/return_mean"]  # of seed 3
-        returns = {int(row["step"]): float(row["value"]) for row in rows}
-        assert max(returns, key=returns.get) == 60_000 and min(returns, key=returns.get) == 100_000
+def test_the_estimates_shown_are_those_of_the_raw_data(text):
+    last = []
+    for path in sorted((RESULTS / "own_arm").glob("seed_*.csv")):
+        values = [float(row["value"]) for row in csv.DictReader(path.open()) if row["metric"] == "train/q_taken"]
+        assert max(values) < 0
+        last.append(f"{values[-1]:.1f}")
+    assert f" {', '.join(last)}" in text
 
 
 @each_language
