@@ -8,7 +8,7 @@
 """DQN on Atari: deep Q-learning from pixels (Mnih et al., Nature 518, 2015).
 
     y = r_1 + ... + gamma^(n-1) * r_n + gamma^n * max_a' Q_target(s_n, a')    the target; n is 3, and later 1
-    L = mean of Huber(y - Q(s, a))                                            the loss, over a minibatch of the memory
+    L = mean of Huber(y - Q(s, a))    the loss, over a minibatch; its gradient is the paper's clipped error
 
 The algorithm of dqn_cartpole.py, which is the script to read first, with what pixels ask for: a preprocessing that
 makes 84x84 grey frames of a game, four of them stacked into an observation, a convolutional network, and a replay
@@ -33,8 +33,7 @@ Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. An Atari game's train/episode_length counts emulator frames, those of no-ops and FIRE too. A memory of a
 million transitions takes 7 GB, each game's process 17 MB (Windows: 160). Without --checkpoint-memory a resumed run
-begins with an empty memory, and plays --learning-starts transitions before it learns on (for a long run give more than
-20,000).
+begins with an empty memory, and plays --learning-starts transitions before it learns on (in a long run, give more).
 
 A training episode is a life; an evaluation plays the whole game. In both, each further life begins with a no-op and,
 where action 1 is FIRE, actions 1 and 2: the agent never learns that FIRE begins a life, so evaluations press it too.
@@ -49,10 +48,11 @@ whole games at epsilon 0.01, not of 5 minutes at 0.05; FIRE pressed for the agen
 bootstrap where a game runs out of time; bfloat16 on processors with instructions for it. As in the paper, there are no
 double or dueling networks, and no prioritised replay.
 
-Differences from dqn_cartpole.py: AtariGame, PixelEnv and push_frames; a convolutional network; a memory of frames with
-n-step returns, as large as fits; target copies; a learning rate that falls over --learning-rate-steps; the Huber loss;
-an epsilon in evaluations; CUDA where there is one, else all cores. On a CPU a seed gives the same parameters with
-the same versions, kind of processor, number of threads and --buffer-size (its default depends on free memory).
+Differences from dqn_cartpole.py: AtariGame, PixelEnv and push_frames; a convolutional network; a memory of frames, as
+large as fits, with n-step returns; target copies; lives as episodes; signs of rewards; a learning rate that falls over
+--learning-rate-steps; the Huber loss; an epsilon in evaluations; CUDA where there is one, else all cores. On a CPU a
+seed gives the same parameters with the same versions, kind of processor, number of threads and --buffer-size (its
+default depends on free memory).
 """
 
 import argparse
@@ -84,9 +84,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv  # of SB
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SCRIPT = "dqn_atari"  # in the names of run directories, and in checkpoints
-
 # === Arguments ========================================================================================================
+SCRIPT = "dqn_atari"  # in the names of run directories, and in checkpoints
 Count = Annotated[int, 1, 10**9]  # a type, and the range that a flag must lie in
 Positive = Annotated[float, 1e-12, 1e9]
 Fraction = Annotated[float, 0, 1]
@@ -159,10 +158,10 @@ def fit_memory(args: Args):
     """Set args.buffer_size to its default; refuse what does not fit: once full, hours later, it would end the run."""
     free, limit = psutil.virtual_memory().available, Path(CONTAINER_LIMIT)
     if limit.exists() and limit.read_text() != "max\n":
-        used = limit.with_name("memory.stat").read_text().split()[1]  # anon: what is no file's
+        used = limit.with_name("memory.stat").read_text().split()[1]  # anon: without the file cache
         free = min(free, int(limit.read_text()) - int(used))
-    forkserver = "forkserver" in multiprocessing.get_all_start_methods()
-    free -= 1.6e8 + 1.75e7 * args.num_envs if forkserver else 1.6e8 * args.num_envs  # the games' processes
+    each = 1.75e7 if "forkserver" in multiprocessing.get_all_start_methods() else 1.6e8  # bytes of a worker process
+    free -= max(3e8, 1.6e8 + each * args.num_envs * (args.vec_env == "subproc"))
     fit = max(0, int(0.9 * free)) // (84 * 84 + 8)  # transitions: a frame and 8 bytes each; a tenth stays free
     if args.buffer_size is None:  # 0.9 of what fits: it has to fit again at a resume, with less memory free
         args.buffer_size = min(1_000_000, math.ceil(0.9 * fit))
@@ -311,7 +310,7 @@ class ReplayMemory:
         # Zero what lies before the start of the episode: frame t-j where an episode starts at any of t-j+1 .. t.
         starts = self.arrays["starts"][window[:0:-1]]  # (3, B): does one start at t, t-1, t-2?
         before = np.logical_or.accumulate(starts)  # (3, B): is t-1, t-2, t-3 of an earlier one?
-        frames[2::-1][before] = 0
+        frames[2::-1][before] = 0  # frames t-1, t-2, t-3
         # The convolutions want the four values of a pixel side by side (channels last). Interleaved here, bytes are
         # moved once; else the first layer would rearrange floats, in both networks and in the backward pass.
         pixels = cv2.merge(list(frames.reshape(4, -1, 84)))  # (B * 84, 84, 4)
@@ -357,7 +356,7 @@ def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
 
 # === Training =========================================================================================================
 def train(args: Args) -> dict:
-    """Train from the start, or go on from args.resume (with these args, not the saved ones); return the results."""
+    """Train from the start, or go on from the run directory args.resume; return the results."""
     device = select_device(args.device, auto="cuda" if torch.cuda.is_available() else "cpu")
     fit_memory(args)
     set_random_seed(args.seed)  # seeds torch, random and np.random
@@ -377,7 +376,7 @@ def train(args: Args) -> dict:
     kept = {"memory": memory} if args.checkpoint_memory else {}
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, **kept)
     global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
-    # After a resume, count on from here: no gradient steps to catch up on, whatever the flags are now.
+    # After a resume, transitions count from global_step on: changed flags leave no gradient steps to catch up on.
     learning_starts = max(args.learning_starts, global_step) - gradient_steps * args.train_frequency
     if args.resume and not args.checkpoint_memory:  # the memory is empty: as many transitions again before learning
         learning_starts = global_step - gradient_steps * args.train_frequency + args.learning_starts
@@ -396,7 +395,7 @@ def train(args: Args) -> dict:
         explore = torch.rand(args.num_envs) < epsilon
         random_actions = torch.randint(envs.action_space.n, (args.num_envs,))
         actions = torch.where(explore, random_actions, q_values.argmax(dim=1).cpu()).numpy()
-        envs.step_async(actions.tolist())  # with --vec-env subproc the environments step while this process learns
+        envs.step_async(actions.tolist())  # results come below: worker processes step while this one learns
         global_step += args.num_envs
 
         # Learn: one gradient step per train_frequency transitions, however many environments there are.
@@ -404,7 +403,7 @@ def train(args: Args) -> dict:
             args.learning_rate, args.learning_rate_end, args.learning_rate_steps, global_step
         )
         n_step = args.n_step if global_step <= args.n_step_until else 1  # more is faster; 1 has no off-policy error
-        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # a resume loads the old ones
+        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # a resume loads the saved ones
         while gradient_steps < (global_step - learning_starts) // args.train_frequency:
             batch = memory.sample(args.batch_size, n_step, args.gamma, device)
             with torch.no_grad():
@@ -415,7 +414,7 @@ def train(args: Args) -> dict:
             optimizer.step()
             gradient_steps += 1
 
-            # Update the target once per target_frequency transitions (at most once per gradient step).
+            # Update the target network every target_frequency transitions (at most once per gradient step).
             if (gradient_steps * args.train_frequency) % args.target_frequency < args.train_frequency:
                 target_network.load_state_dict(q_network.state_dict())
 
@@ -423,13 +422,13 @@ def train(args: Args) -> dict:
                 metrics = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
                 run.log(global_step, "train", **metrics, epsilon=epsilon, learning_rate=learning_rate)
 
-        # Receive. Where an episode ended, its frame is the first of the next episode; its own last one is in the info.
+        # Receive. Where an episode ended, the frame is already the first of the next; its own last one is in the info.
         frames, rewards, dones, infos = envs.step_wait()
         next_frames = frames.copy()
         for i in np.flatnonzero(dones):
             next_frames[i] = infos[i]["terminal_observation"]
 
-        # Store. Only a termination drops the bootstrap: where time ran out (truncated), rewards would have followed.
+        # Store. Where time ran out (truncated), rewards would have followed: only a termination drops max Q from y.
         truncated = np.array([info["TimeLimit.truncated"] for info in infos])
         terminated = dones & ~truncated
         run.check_finite(global_step, reward=rewards, loss=loss.item())
@@ -437,7 +436,7 @@ def train(args: Args) -> dict:
         push_frames(stacks, frames, ended=dones)
         run.log_episodes(global_step, infos)  # of whole games, with their raw scores
 
-        # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
+        # Evaluate each time a multiple of eval_every is crossed, and keep the best network; save where it is due.
         if global_step % args.eval_every < args.num_envs:
             run.evaluate(global_step, eval_seed)
         run.tick(global_step=global_step, gradient_steps=gradient_steps)
@@ -463,7 +462,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
         frames, _, dones, infos = envs.step(actions.tolist())
         push_frames(stacks, frames, ended=dones)
         for i, info in enumerate(infos):
-            # How many each environment plays is fixed beforehand: the first N to end would favour short episodes.
+            # How many each environment plays is fixed beforehand: the first ones to end would favour short episodes.
             if "episode" in info and len(returns[i]) < (num_episodes + i) // n:  # these add up to num_episodes
                 returns[i].append(info["episode"]["r"])
     envs.close()
@@ -516,7 +515,7 @@ class AtariGame(gym.Wrapper):
         self._next_episode(seed, options)
         for action in self.start_actions:
             _, terminated, truncated = self._repeat(action)
-            if terminated or truncated:  # as in SB3: the next episode begins with the rest of them only
+            if terminated or truncated:  # as in SB3: the remaining ones are held in the next episode
                 self._next_episode()
         return self._observe(), {}
 
@@ -621,7 +620,7 @@ def make_env(args: Args, evaluation: bool = False, render_mode: str | None = Non
     clip = args.clip_rewards and not evaluation
     env = AtariGame(env, not evaluation, clip) if atari else PixelEnv(env, clip)
     if video_dir is not None:
-        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)  # frames
+        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)  # steps
     return env
 
 
@@ -642,7 +641,8 @@ def make_envs(args: Args):
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
     multiprocessing.set_forkserver_preload(["stable_baselines3", "tyro"])  # once for all workers: saves 150 MB each
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # they ignore SIGTERM
+    others = multiprocessing.active_children()  # the workers made here are killed at exit: they ignore one SIGTERM
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p not in others])
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
     except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
@@ -670,7 +670,7 @@ def select_device(name: str, auto: str) -> torch.device:
 
 
 # ######################################################################################################################
-# The algorithm ends here. What follows holds no reinforcement learning, and is the same in every script.
+# The algorithm ends here. What follows holds no reinforcement learning, the same in every script but for its last line.
 
 
 class UsageError(ValueError):
@@ -809,7 +809,7 @@ class Run:
         step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # read once
         self.counts = counts
         self.bar.update(step - self.bar.n)
-        if stopped_by or step % self.args.checkpoint_every < step - last_step or step >= self.args.total_timesteps:
+        if stopped_by or step % self.args.checkpoint_every < step - last_step:
             self.save()
         if stopped_by:
             tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}")
@@ -818,17 +818,16 @@ class Run:
 
     def save(self):
         """Write last.pt: all that --resume needs; the environments begin new episodes then."""
-        now = time.perf_counter()
         self.check_finite(self.counts["global_step"], network=sum(p.sum() for p in self.network.parameters()).item())
         self.tensorboard.flush()
-        self.record |= {"csv_size": self.csv.tell(), "seconds": now - self.started}
+        self.record |= {"csv_size": self.csv.tell(), "seconds": time.perf_counter() - self.started}
         about = {"args": asdict(self.args), "counts": self.counts, "record": self.record}
         save_checkpoint(self.dir / "last.pt", **about, torch_rng=torch.get_rng_state(), **self.parts)
-        self.started += time.perf_counter() - now
 
     def finish(self, eval_seed: int, final_seed: int) -> dict:
         """Save; judge the final and the best network by seeds not used so far; write result.json."""
         self.bar.close()
+        self.save()
         self.envs.close()  # before the evaluations: of some environments only few can exist at a time
         if self.counts["global_step"] not in [evaluation[0] for evaluation in self.record["evaluations"]]:
             self.evaluate(self.counts["global_step"], eval_seed)  # the final network may be the best
@@ -840,9 +839,8 @@ class Run:
         result = {**self.counts, "seconds": seconds, "best_return_mean": float(best.mean()), "run_dir": str(self.dir)}
         result |= {f"final_return_{name}": float(getattr(final, name)()) for name in ("mean", "min", "std")}
         result["evaluations"] = self.record["evaluations"]  # [global_step, mean return, seconds of training]
-        print(f"final network: {final.mean():.1f}, best network: {best.mean():.1f}; {seconds:.1f} s of training")
         (self.dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        print(f"{self.dir} holds best.pt and progress.csv; its curves: tensorboard --logdir {self.dir}")
+        print(f"final network: {final.mean():.1f}, best network: {best.mean():.1f}; {seconds:.1f} s of training")
         if args.video:
             evaluate(args, best_network, 1, final_seed, render_mode="rgb_array", video_dir=self.dir / "videos")
             print(f"film: {self.dir / 'videos' / 'rl-video-episode-0.mp4'}")
@@ -885,12 +883,14 @@ def on_signal(number: int, frame):  # the run saves and ends after its iteration
     signal.signal(number, signal.SIG_DFL)
     try:  # print could be interrupted by itself
         os.write(2, b"\nstopping after this iteration, evaluation or final result; once more stops at once\n")
+        os.dup2(2, 1)  # what stdout is piped into (tee) may have ended by the same Ctrl-C
     except OSError:  # the terminal was closed: nothing more can be written to it
         os.dup2(os.dup2(os.open(os.devnull, os.O_WRONLY), 1), 2)
 
 
 def main(network_class):
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console may lack characters; log lines at once
+    if hasattr(sys.stdout, "reconfigure"):  # not in IDLE and notebooks
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console may lack characters; log at once
     try:
         args = parse_args()
         check_drawing(args)

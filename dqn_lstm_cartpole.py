@@ -81,9 +81,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv  # of SB
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SCRIPT = "dqn_lstm_cartpole"  # in the names of run directories, and in checkpoints
-
 # === Arguments ========================================================================================================
+SCRIPT = "dqn_lstm_cartpole"  # in the names of run directories, and in checkpoints
 Count = Annotated[int, 1, 10**9]  # a type, and the range that a flag must lie in
 Positive = Annotated[float, 1e-12, 1e9]
 NonNegative = Annotated[float, 0, 1e9]
@@ -319,7 +318,7 @@ def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
 
 # === Training =========================================================================================================
 def train(args: Args) -> dict:
-    """Train from the start, or go on from args.resume (with these args, not the saved ones); return the results."""
+    """Train from the start, or go on from the run directory args.resume; return the results."""
     device = select_device(args.device, auto="cpu")
     torch.set_num_threads(1)  # so small a network is faster on one core than on several
     set_random_seed(args.seed)  # seeds torch, random and np.random; many environments draw from the last two
@@ -336,7 +335,7 @@ def train(args: Args) -> dict:
     parts = {"online_network": q_network, "target_network": target_network, "optimizer": optimizer, "memory": memory}
     run = Run(args, envs, average_network, **parts)  # the average is what is evaluated, kept as best.pt and played
     global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
-    # After a resume, count on from here: no gradient steps to catch up on, whatever the flags are now.
+    # After a resume, transitions count from global_step on: changed flags leave no gradient steps to catch up on.
     learning_starts = max(args.learning_starts, global_step) - gradient_steps * args.train_frequency
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this + i; a resumed run gets new episodes
     obs = envs.reset()
@@ -351,12 +350,12 @@ def train(args: Args) -> dict:
         explore = torch.rand(args.num_envs) < epsilon
         random_actions = torch.randint(envs.action_space.n, (args.num_envs,))
         actions = torch.where(explore, random_actions, q_values[0].argmax(dim=1).cpu()).numpy()
-        envs.step_async(actions.tolist())  # with --vec-env subproc the environments step while this process learns
+        envs.step_async(actions.tolist())  # results come below: worker processes step while this one learns
         global_step += args.num_envs
 
         # Learn: one gradient step per train_frequency transitions, however many environments there are.
         learning_rate = linear_schedule(args.learning_rate, args.learning_rate_end, args.total_timesteps, global_step)
-        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # a resume loads the old ones
+        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # a resume loads the saved ones
         while gradient_steps < (global_step - learning_starts) // args.train_frequency:
             batch = memory.sample(args.batch_size, args.sequence_length, args.burn_in, device)
             if args.initial_state == "zero":
@@ -374,7 +373,7 @@ def train(args: Args) -> dict:
             # One gradient step can flip greedy actions: an average of the weights is evaluated, at first of all steps.
             update_target(average_network, q_network, 1 / min(gradient_steps, args.average_steps))
 
-            # Update the target once per target_frequency transitions (at most once per gradient step).
+            # Update the target network every target_frequency transitions (at most once per gradient step).
             if (gradient_steps * args.train_frequency) % args.target_frequency < args.train_frequency:
                 update_target(target_network, q_network, args.tau)
 
@@ -382,14 +381,14 @@ def train(args: Args) -> dict:
                 metrics = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
                 run.log(global_step, "train", **metrics, epsilon=epsilon, learning_rate=learning_rate)
 
-        # Receive. Where an episode ended, obs is the first one of the next episode; its own last one is in the info.
+        # Receive. Where an episode ended, obs is already the first of the next one; its own last one is in the info.
         last_obs = obs
         obs, rewards, dones, infos = envs.step_wait()
         next_obs = obs.copy()
         for i in np.flatnonzero(dones):
             next_obs[i] = infos[i]["terminal_observation"]
 
-        # Store. Only a termination drops the bootstrap: where time ran out (truncated), rewards would have followed.
+        # Store. Where time ran out (truncated), rewards would have followed: only a termination drops max Q from y.
         truncated = np.array([info["TimeLimit.truncated"] for info in infos])
         terminated = dones & ~truncated
         run.check_finite(global_step, observation=[last_obs, next_obs], reward=rewards, loss=loss.item())
@@ -398,7 +397,7 @@ def train(args: Args) -> dict:
         state, steps = next_state, np.where(dones, 0, steps + 1)
         state[dones] = 0.0  # a new episode remembers nothing, in whichever way the last one ended
 
-        # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
+        # Evaluate each time a multiple of eval_every is crossed, and keep the best network; save where it is due.
         if global_step % args.eval_every < args.num_envs:
             run.evaluate(global_step, eval_seed)
         run.tick(global_step=global_step, gradient_steps=gradient_steps)
@@ -420,7 +419,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
         obs, _, dones, infos = envs.step(q_values[0].argmax(dim=1).tolist())
         state[dones] = 0.0
         for i, info in enumerate(infos):
-            # How many each environment plays is fixed beforehand: the first N to end would favour short episodes.
+            # How many each environment plays is fixed beforehand: the first ones to end would favour short episodes.
             if "episode" in info and len(returns[i]) < (num_episodes + i) // n:  # these add up to num_episodes
                 returns[i].append(info["episode"]["r"])
     envs.close()
@@ -502,7 +501,7 @@ def make_env(args: Args, evaluation: bool = False, video_dir: Path | None = None
         env = CartPoleView(env, args.hide)
     env = gym.wrappers.RecordEpisodeStatistics(LastAction(env), buffer_length=1)
     if video_dir is not None:
-        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)  # frames
+        env = gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: episode == 0, video_length=1_499)  # steps
     return env
 
 
@@ -523,7 +522,8 @@ def make_envs(args: Args):
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
     multiprocessing.set_forkserver_preload(["stable_baselines3", "tyro"])  # once for all workers: saves 150 MB each
-    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p.daemon])  # they ignore SIGTERM
+    others = multiprocessing.active_children()  # the workers made here are killed at exit: they ignore one SIGTERM
+    atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p not in others])
     try:
         return SubprocVecEnv([partial(make_worker_env, args, index) for index in range(args.num_envs)])
     except (EOFError, OSError):  # Ctrl-C ends workers that are just being started
@@ -540,7 +540,7 @@ def select_device(name: str, auto: str) -> torch.device:
 
 
 # ######################################################################################################################
-# The algorithm ends here. What follows holds no reinforcement learning, and is the same in every script.
+# The algorithm ends here. What follows holds no reinforcement learning, the same in every script but for its last line.
 
 
 class UsageError(ValueError):
@@ -679,7 +679,7 @@ class Run:
         step, last_step, stopped_by = counts["global_step"], self.counts["global_step"], Run.signal  # read once
         self.counts = counts
         self.bar.update(step - self.bar.n)
-        if stopped_by or step % self.args.checkpoint_every < step - last_step or step >= self.args.total_timesteps:
+        if stopped_by or step % self.args.checkpoint_every < step - last_step:
             self.save()
         if stopped_by:
             tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}")
@@ -688,17 +688,16 @@ class Run:
 
     def save(self):
         """Write last.pt: all that --resume needs; the environments begin new episodes then."""
-        now = time.perf_counter()
         self.check_finite(self.counts["global_step"], network=sum(p.sum() for p in self.network.parameters()).item())
         self.tensorboard.flush()
-        self.record |= {"csv_size": self.csv.tell(), "seconds": now - self.started}
+        self.record |= {"csv_size": self.csv.tell(), "seconds": time.perf_counter() - self.started}
         about = {"args": asdict(self.args), "counts": self.counts, "record": self.record}
         save_checkpoint(self.dir / "last.pt", **about, torch_rng=torch.get_rng_state(), **self.parts)
-        self.started += time.perf_counter() - now
 
     def finish(self, eval_seed: int, final_seed: int) -> dict:
         """Save; judge the final and the best network by seeds not used so far; write result.json."""
         self.bar.close()
+        self.save()
         self.envs.close()  # before the evaluations: of some environments only few can exist at a time
         if self.counts["global_step"] not in [evaluation[0] for evaluation in self.record["evaluations"]]:
             self.evaluate(self.counts["global_step"], eval_seed)  # the final network may be the best
@@ -710,9 +709,8 @@ class Run:
         result = {**self.counts, "seconds": seconds, "best_return_mean": float(best.mean()), "run_dir": str(self.dir)}
         result |= {f"final_return_{name}": float(getattr(final, name)()) for name in ("mean", "min", "std")}
         result["evaluations"] = self.record["evaluations"]  # [global_step, mean return, seconds of training]
-        print(f"final network: {final.mean():.1f}, best network: {best.mean():.1f}; {seconds:.1f} s of training")
         (self.dir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        print(f"{self.dir} holds best.pt and progress.csv; its curves: tensorboard --logdir {self.dir}")
+        print(f"final network: {final.mean():.1f}, best network: {best.mean():.1f}; {seconds:.1f} s of training")
         if args.video:
             evaluate(args, best_network, 1, final_seed, render_mode="rgb_array", video_dir=self.dir / "videos")
             print(f"film: {self.dir / 'videos' / 'rl-video-episode-0.mp4'}")
@@ -755,12 +753,14 @@ def on_signal(number: int, frame):  # the run saves and ends after its iteration
     signal.signal(number, signal.SIG_DFL)
     try:  # print could be interrupted by itself
         os.write(2, b"\nstopping after this iteration, evaluation or final result; once more stops at once\n")
+        os.dup2(2, 1)  # what stdout is piped into (tee) may have ended by the same Ctrl-C
     except OSError:  # the terminal was closed: nothing more can be written to it
         os.dup2(os.dup2(os.open(os.devnull, os.O_WRONLY), 1), 2)
 
 
 def main(network_class):
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console may lack characters; log lines at once
+    if hasattr(sys.stdout, "reconfigure"):  # not in IDLE and notebooks
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console may lack characters; log at once
     try:
         args = parse_args()
         check_drawing(args)

@@ -99,22 +99,24 @@ def test_a_million_transitions_where_they_fit(tmp_path, monkeypatch, capsys):
     assert args.buffer_size == 1_000_000 and capsys.readouterr().out == ""
     fit_memory(args := Args(num_envs=100))  # 1.61e9 less, for their processes
     assert args.buffer_size == 816_421
+    fit_memory(args := Args(num_envs=100, vec_env="dummy"))
+    assert args.buffer_size == 1_000_000
     monkeypatch.setattr("multiprocessing.get_all_start_methods", lambda: ["spawn"])  # as on Windows
     fit_memory(args := Args())
-    assert args.buffer_size == 888_660
+    assert args.buffer_size == 870_314
 
 
 def test_a_run_whose_memory_shrank_is_resumed_with_the_same_where_less_is_free(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(dqn_atari, "CONTAINER_LIMIT", tmp_path / "none")
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2.05e8))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=3.1e8))
     run(tmp_path, buffer_size=None, checkpoint_memory=True, total_timesteps=240)
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert saved["args"]["buffer_size"] == 1_147  # of 1,415 in all
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2.045e8))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=3.095e8))
     args = saved["args"] | {"resume": str(tmp_path / "run"), "run_dir": "", "total_timesteps": 280}
     assert train(Args(**args))["gradient_steps"] == 20
     with pytest.raises(ValueError, match="--buffer-size 1147: 1,146 transitions fit into free memory"):
-        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2.04e8))
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=3.09e8))
         train(Args(**args))
 
 

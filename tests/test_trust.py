@@ -225,6 +225,47 @@ def test_a_closed_terminal_takes_no_more_words_and_is_no_error(python):
     assert python("-c", CLOSED, PYTHONPATH=str(ROOT)).returncode == 0
 
 
+PIPED = """
+import os, signal
+import dqn_cartpole
+reader, writer = os.pipe()
+os.dup2(writer, 1)
+dqn_cartpole.on_signal(signal.SIGINT, None)
+os.close(reader)
+os.close(writer)
+print("stopped; to go on: ...", flush=True)
+"""
+
+
+def test_a_reader_of_the_output_that_the_same_ctrl_c_ends_does_not_end_the_run_unsaved(python):
+    done = python("-c", PIPED, PYTHONPATH=str(ROOT))  # as in: python dqn_cartpole.py | tee log
+    assert done.returncode == 0 and done.stderr.endswith("stopped; to go on: ...\n"), done.stderr
+
+
+@pytest.mark.parametrize("name", ["dqn_cartpole", "ppo_cartpole"])
+def test_a_run_that_reached_its_target_is_saved_before_its_last_evaluation(name, tmp_path, monkeypatch):
+    def fail(*_):
+        raise Interrupted
+
+    monkeypatch.setattr(load(ROOT / f"{name}.py").Run, "evaluate", fail)
+    flags = {"time_limit": 1, "target_return": -1e8, "eval_every": 10_000, "checkpoint_every": 10_000}
+    with pytest.raises(Interrupted):
+        train(name, tmp_path / "run", total_timesteps=2_000, **flags)
+    assert 100 <= checkpoint_of(tmp_path / "run")["counts"]["global_step"] < 2_000
+
+
+def test_a_console_that_cannot_be_reconfigured_is_used_as_it_is(monkeypatch, capsys):
+    class Console(io.StringIO):  # as in IDLE
+        reconfigure = property()
+
+    monkeypatch.setattr(sys, "stdout", console := Console())
+    monkeypatch.setattr(sys, "argv", ["dqn_cartpole.py", "--gamma", "2"])
+    module = load(SCRIPT)
+    with pytest.raises(SystemExit) as stop:
+        module.main(module.QNetwork)
+    assert stop.value.code == 2 and "AttributeError" not in console.getvalue()
+
+
 @pytest.fixture
 def interrupt(monkeypatch):
     """Train until this step, then end at once, as a kill does, with all in progress.csv that was written so far."""
@@ -738,5 +779,5 @@ def test_what_is_due_at_a_multiple_comes_when_it_is_crossed(name, tmp_path, monk
         assert [step for step, *_ in evaluations] == [*due(110), end]
     rows = rows_of(tmp_path / "run")
     assert [step for step, metric, _ in rows if metric == "eval/return_mean"] == [*due(110), end]
-    assert end not in due(115)  # it is saved before the last evaluation, after it, and at the end of the resume
-    assert saved == [*due(115), end, end, end]
+    assert end not in due(115)  # each run is saved before its last evaluation and after it, the resumed one too
+    assert saved == [*due(115), end, end, end, end]

@@ -384,6 +384,22 @@ def test_the_fork_server_loads_what_the_workers_need(monkeypatch):
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+POOL = """
+import multiprocessing
+import dqn_vecenv
+
+if __name__ == "__main__":
+    pool = multiprocessing.Pool(1)
+    pool.map(abs, [1])  # a worker that is killed while it waits leaves a lock behind, on which the exit would hang
+    dqn_vecenv.make_envs(dqn_vecenv.Args(num_envs=1))
+"""
+
+
+def test_processes_that_are_no_environments_end_as_their_owner_ends_them(python, tmp_path):
+    (tmp_path / "own.py").write_text(POOL)
+    assert python(tmp_path / "own.py", PYTHONPATH=str(ROOT)).returncode == 0
+
+
 SAFETY_NET = 300  # seconds, which no loaded machine takes
 SPAWN = "import multiprocessing\nmultiprocessing.get_all_start_methods = lambda: ['spawn']\n"
 
@@ -446,7 +462,7 @@ def test_a_signal_to_all_processes_is_for_the_main_one(running, number, tmp_path
     process.send_signal(number)
     out, err = process.communicate(timeout=SAFETY_NET)
     assert process.returncode == 128 + number
-    assert "dqn_vecenv.py --resume run" in out and "Traceback" not in err
+    assert "dqn_vecenv.py --resume run" in out + err and "Traceback" not in err
     assert checkpoint_of(tmp_path / "run")["counts"]["global_step"] >= 1_500
     assert_nothing_is_left(children)
 
