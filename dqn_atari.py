@@ -20,9 +20,9 @@ other environment whose observation is one 84x84 grey frame is learned too (docs
     python dqn_atari.py --resume runs/NAME
     python dqn_atari.py --play runs/NAME/best.pt --render
 
-Breakout without a GPU, mean score of the last 100 training games, seed 1: 88 after an hour on two cores (a million
-transitions); in another run, on one thread, 322 at 5.14 million. No run has gone to 10 million. Pong as above ends
-after 28 minutes on two cores (seed 3), and on one thread after 49, 58 and 65 (seeds 1 to 3). All bfloat16.
+Breakout without a GPU, mean score of the last 100 training games: 75 to 88 at a million transitions (four runs of seeds
+1 to 3; an hour on two cores); seed 1 on one thread 322 at 5.14 million. No run has gone to 10 million. Pong as above
+ends after 28 minutes on two cores (seed 3), and on one thread after 49, 58 and 65 (seeds 1 to 3). All bfloat16.
 
 Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, seed 1, one thread
     return_mean_100      1.2        22       45       84           (whole games; a random player: about 1.3)

@@ -18,10 +18,10 @@ from a memory of transitions (s, a, r, s'), which mixes many episodes; and Q_tar
     python dqn_cartpole.py --resume runs/NAME --total-timesteps 200000    # the learning rate rises again
     python dqn_cartpole.py --play runs/NAME/best.pt --render
 
-Result, over 100 greedy episodes: 500.0 on 19 of 20 seeds (95 % interval of the share: 75 to 99.9 %), else 490.8; 35 s.
+Measured, 100 greedy episodes: 500.0 on 19 of 20 seeds (95 % interval of the share: 75 to 99.9 %), 490.8 on one; 35 s.
 
 Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of 20 seeds; lowest and highest at the end)
-    evaluation           250        500        500          (489 to 500; on the way it rises, falls and rises again)
+    evaluation           250        500        500          (16 episodes; 489 to 500; it rises, falls, rises again)
     return_mean_100      68         207        425          (334 to 490; a fifth of the actions are random)
     loss                 2.2        1.1        1.0          (0.2 to 6.6; of one minibatch)
     q_taken              41         86         105          (95 to 130; above 1 / (1 - gamma) = 100: max overestimates)
@@ -71,7 +71,7 @@ class Args:
     total_timesteps: Count = 100_000  # transitions, summed over the environments
     learning_starts: Count = 1_000  # transitions before the first gradient step
     train_frequency: Count = 4  # transitions played per gradient step
-    target_frequency: Count = 4  # transitions (not gradient steps, as in the paper) per update of the target network
+    target_frequency: Count = 4  # transitions per update of the target network (the paper counts gradient steps)
     tau: Annotated[float, 1e-6, 1] = 0.02  # an update moves the target network by this share of the way; 1: a copy
     gamma: Fraction = 0.99  # discount per step
     buffer_size: Count = 100_000  # transitions in the replay memory

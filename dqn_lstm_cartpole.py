@@ -44,7 +44,7 @@ the pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradien
    weights would remember something else. The burn-in, without loss and without gradient, brings it closer.
 3. The target of Q(h3, a3) takes Q' one position later (n, with --n-step n), from the same pass over the sequence. If
    only o4 were fed to the target network, it would know nothing of o3.
-4. If time had run out at o5: r4 + gamma max Q'(h5). Padding, whatever the memory holds next, is read last: no loss.
+4. If time had run out at o5: r4 + gamma max Q'(h5). Padding is what the memory holds next, read last, without loss.
 5. If fewer than 2 steps of the episode precede the first step with loss, that step is moved to o0, with a state of
    zeros and no burn-in. If the memory has overwritten o0, it is moved to the oldest left, with the state stored there.
 

@@ -75,7 +75,7 @@ class Args:
     total_timesteps: Count = 100_000  # transitions, summed over the environments
     learning_starts: Count = 1_000  # transitions before the first gradient step
     train_frequency: Count = 4  # transitions played per gradient step
-    target_frequency: Count = 4  # transitions (not gradient steps, as in the paper) per update of the target network
+    target_frequency: Count = 4  # transitions per update of the target network (the paper counts gradient steps)
     tau: Annotated[float, 1e-6, 1] = 0.02  # an update moves the target network by this share of the way; 1: a copy
     gamma: Fraction = 0.99  # discount per step
     buffer_size: Count = 100_000  # transitions in the replay memory
