@@ -1,6 +1,6 @@
 """Kill runs at random moments with SIGKILL, resume them, and count what was lost.
 
-    python benchmarks/kill.py --kills 200
+    python benchmarks/kill.py --kills 100
 
 Each run writes a checkpoint every few steps, so that many kills fall into the writing of one. After each kill the
 checkpoints must load (where one does not, a new run begins) and must not be older than before, and progress.csv must
@@ -44,7 +44,7 @@ FLAGS = {
 
 @dataclass
 class Args:
-    kills: int = 200  # in all, shared among the scripts
+    kills: int = 100  # in all, shared among the scripts
     seed: int = 1  # of the moments
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py runs/NAME                                    # writes runs/NAME/curves.png
     python benchmarks/plot.py dqn_cartpole --out docs/dqn_cartpole.png     # of benchmarks/results/dqn_cartpole
-    python benchmarks/plot.py dqn_atari_breakout --metric train/return_mean_100 --out breakout.png
+    python benchmarks/plot.py dqn_atari_breakout_main --metric train/return_mean_100 --out breakout.png
 
 From five seeds on the thick line is their mean, the band its 95 % bootstrap interval; thin lines are single seeds.
 """

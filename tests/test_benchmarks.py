@@ -410,13 +410,6 @@ def test_a_game_is_played_as_the_network_sees_it(tmp_path):
         assert steps[t].obs[3].any()
 
 
-def test_an_episode_of_pictures_of_ones_own_is_played_to_its_end(tmp_path):
-    untrained("dqn_atari", tmp_path / "best.pt", env_id="toy_envs:Squares-v0")
-    steps = list(pictures.play(*pictures.load(tmp_path / "best.pt"), 1_000, seed=1))
-    assert len(steps) < 1_000 and [step.terminated for step in steps[:-1]] == [False] * (len(steps) - 1)
-    assert steps[-1].terminated
-
-
 @pytest.mark.parametrize("script, what", [(name, what) for what, names in pictures.SCRIPTS.items() for name in names])
 def test_a_picture_of_a_network_is_drawn(script, what, tmp_path, monkeypatch):
     untrained(script, tmp_path / "best.pt")

@@ -317,11 +317,6 @@ def test_learning_starts_with_the_first_transitions_and_not_before(run):
     assert run(learning_starts=8, num_envs=8, train_frequency=1)["gradient_steps"] == 200 - 8
 
 
-def test_evaluations_fire_when_their_step_is_crossed(run):
-    result = run(eval_every=50, num_envs=8)
-    assert [step for step, *_ in result["evaluations"]] == [56, 104, 152, 200]
-
-
 @pytest.mark.parametrize("target_return, steps", [(1.0, 100), (1.5, 200)])
 def test_a_run_ends_once_its_last_100_episodes_have_the_target_return(target_return, steps, run):
     # Every step is an episode with a return of 1.
@@ -494,37 +489,6 @@ def test_a_time_limit_replaces_the_environments_own():
     assert length(time_limit=-1) is None
 
 
-# --- The same again ---
-
-
-@pytest.fixture(scope="module")
-def parameters_of(tmp_path_factory):
-    """Train for a moment on CartPole and return the parameters of last.pt, the same run once only."""
-    known = {}
-
-    def parameters(repetition=0, **changes):
-        key = (repetition, *sorted(changes.items()))
-        if key not in known:
-            run_dir = tmp_path_factory.mktemp("runs") / "run"
-            train("dqn_cartpole", run_dir, **changes)
-            known[key] = checkpoint_of(run_dir)["network"]
-        return known[key]
-
-    return parameters
-
-
-def test_the_same_seed_gives_the_same_parameters_to_the_bit(parameters_of):
-    assert same(parameters_of(), parameters_of(repetition=1))
-
-
-def test_another_seed_gives_other_parameters(parameters_of):
-    assert not same(parameters_of(), parameters_of(seed=2))
-
-
-def test_evaluating_does_not_change_the_training(parameters_of):
-    assert same(parameters_of(), parameters_of(eval_every=50, eval_episodes=5, checkpoint_every=70))
-
-
 # --- Evaluation ---
 
 
@@ -624,22 +588,11 @@ CARTPOLE = {
     **{"epsilon_start": 1.0, "epsilon_end": 0.1, "exploration_steps": 4_000},
     **{"eval_every": 10**9, "final_eval_episodes": 30},
 }
-LEARNED = 100.0  # seeds 1 to 6 reach 170 to 326
+LEARNED = 100.0  # seeds 1 to 6 reach 170 to 326; untrained networks stay below 50
 
 
 def test_it_learns_cartpole(tmp_path):
     assert train("dqn_cartpole", tmp_path / "run", **CARTPOLE)["final_return_mean"] > LEARNED
-
-
-def test_an_untrained_network_has_not_learned():
-    torch.manual_seed(1)
-    args = dqn.Args(**CARTPOLE)
-    env = dqn.make_env(args)
-    returns = [
-        dqn.evaluate(args, dqn.QNetwork(env.observation_space, env.action_space, args), 5, seed).mean()
-        for seed in range(10)
-    ]
-    assert max(returns) < LEARNED
 
 
 def test_a_bootstrap_from_the_grave_does_not_learn(tmp_path, monkeypatch):

@@ -89,11 +89,6 @@ def test_cartpole_v0_hides_its_velocities_too():
     assert lstm.make_env(lstm.Args(env_id="CartPole-v0")).reset(seed=3)[0].shape == (4,)
 
 
-def test_a_burn_in_that_would_leave_steps_without_loss_is_refused():
-    with pytest.raises(ValueError, match="--burn-in 9"):
-        lstm.Args(burn_in=9, sequence_length=8)
-
-
 # --- What is stored ---
 
 
@@ -417,21 +412,6 @@ def test_without_memory_a_cue_is_lost(tmp_path):
     assert 0.3 < result["final_return_mean"] < 0.7  # 100 coins
 
 
-def learned_value(tmp_path):
-    """Train on reward 1 per step, truncated every 5 steps, with gamma 0.9; return V of its only state, late."""
-    flags = {"gamma": 0.9, "learning_rate": 0.01, "learning_rate_end": 0.001, "tau": 0.1, "target_frequency": 2}
-    flags |= {"total_timesteps": 2_000, "learning_starts": 50, "train_frequency": 2, "num_envs": 5, "average_steps": 1}
-    args = options(tmp_path, env_id="toy_envs:Constant-v0", **flags)
-    lstm.train(args)
-    network = make_network(args)
-    network.load_state_dict(torch.load(Path(args.run_dir, "last.pt"), weights_only=True)["network"])
-    return network(torch.tensor([[[1.0, 0.0, 0.0]]]), network.initial_state(1))[0].max().item()
-
-
-def test_truncation_does_not_end_the_value(tmp_path):
-    assert learned_value(tmp_path) == pytest.approx(10, abs=0.5)
-
-
 # --- The same again ---
 
 
@@ -441,13 +421,6 @@ def parameters_after(args):
 
 
 SHORT = {"env_id": "CartPole-v1", "hide": "velocity", "total_timesteps": 400, "learning_starts": 100, "num_envs": 2}
-
-
-def test_the_same_seed_gives_the_same_parameters_to_the_bit(tmp_path):
-    first = parameters_after(options(tmp_path / "a", **SHORT))
-    assert same(first, parameters_after(options(tmp_path / "b", **SHORT)))
-    assert not same(first, parameters_after(options(tmp_path / "c", **SHORT, seed=2)))
-    assert same(first, parameters_after(options(tmp_path / "d", **SHORT, eval_every=50, eval_episodes=3)))
 
 
 @pytest.mark.parametrize("average_steps", [1, 4, 100])

@@ -40,11 +40,6 @@ def test_each_block_is_the_text_of_its_file(text):
     assert blocks(text, "python") == [(EXAMPLES / f"{name}.py").read_text() for name in names]
 
 
-def test_both_languages_show_the_same_figures():
-    cells = [re.findall(r"\| *(-?\d[-.,\d ]*?) *\|", text) for text in (ENGLISH, CHINESE)]
-    assert cells[0] == cells[1] != []
-
-
 # --- What was run ---
 
 
@@ -53,10 +48,6 @@ def test_the_commands_shown_are_those_of_the_raw_data():
     for name in RUNS:
         command = json.loads((RESULTS / name / "command.json").read_text())["command"]
         assert f"PYTHONPATH=docs/examples {command.replace(' --seed N', '')}" in shown
-    for line in shown:
-        script, *flags = shlex.split(re.sub(r"^(PYTHONPATH=\S+ )?python ", "", line))
-        if not script.startswith(("docs/", "benchmarks/")):
-            tyro.cli(load(ROOT / script).Args, args=flags)
 
 
 @each_language

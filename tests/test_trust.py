@@ -448,10 +448,7 @@ DAMAGE = {
 }
 
 
-NO_TENSORS = [(name, "no tensors") for name in NAMES if name != SCRIPT.stem]  # what else is wrong the plumbing sees
-
-
-@pytest.mark.parametrize("name, how", [(SCRIPT.stem, how) for how in DAMAGE] + NO_TENSORS)
+@pytest.mark.parametrize("name, how", [(SCRIPT.stem, how) for how in DAMAGE])
 @pytest.mark.parametrize("flag", ["--play", "--resume"])
 def test_a_strangers_checkpoint_gets_one_clear_line(name, flag, how, finished, cli, tmp_path):
     run = finished(name, tmp_path / "run")
@@ -541,6 +538,18 @@ def test_workers_that_end_while_they_start_are_no_error_after_ctrl_c(number, sta
     monkeypatch.setattr("stable_baselines3.common.vec_env.SubprocVecEnv", start)
     assert cli("--vec-env", "subproc")[0] == status
     assert list(tmp_path.iterdir()) == []
+
+
+# --- The same again ---
+
+
+@each_script
+def test_a_seed_gives_its_parameters_to_the_bit_however_often_it_is_evaluated_and_saved(name, tmp_path):
+    often = {"eval_every": 50, "eval_episodes": 3, "checkpoint_every": 70}
+    for run, flags in {"first": {}, "again": often, "other": {"seed": 4}}.items():
+        train(name, tmp_path / run, **flags)
+    first, again, other = (checkpoint_of(tmp_path / run)["network"] for run in ("first", "again", "other"))
+    assert same(first, again) and not same(first, other)
 
 
 # --- Where a script runs ---

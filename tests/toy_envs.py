@@ -191,7 +191,7 @@ class Blank(Constant):
         return None
 
 
-# --- As users write them, with one trait each: see test_user_envs.py ---
+# --- As users write them, with one trait each ---
 
 
 class Walk(gym.Env):
