@@ -20,9 +20,9 @@ other environment whose observation is one 84x84 grey frame is learned too (docs
     python dqn_atari.py --resume runs/NAME
     python dqn_atari.py --play runs/NAME/best.pt --render
 
-Breakout without a GPU, mean score of the last 100 training games: 75 to 88 at a million transitions (four runs of seeds
-1 to 3; an hour on two cores); seed 1 on one thread 322 at 5.14 million. No run has gone to 10 million. Pong as above
-ends after 28 minutes on two cores (seed 3), and on one thread after 49, 58 and 65 (seeds 1 to 3). All bfloat16.
+Breakout without a GPU, mean score of the last 100 training games: at a million transitions 88 after an hour on two
+cores (seed 1), and 75 to 84 on one thread (seeds 1 to 3); seed 1 on one thread 322 at 5.14 million, not run to its end.
+Pong as above ends after 28 minutes on two cores (seed 3), on one thread after 49, 58 and 65 (seeds 1 to 3). bfloat16.
 
 Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, seed 1, one thread
     return_mean_100      1.2        22       45       84           (whole games; a random player: about 1.3)
@@ -145,7 +145,7 @@ class Args:
     resume: str = ""  # run directory of a stopped run: go on with it
     play: str = ""  # checkpoint file: evaluate it, without training
     render: bool = False  # with --play: show three games in a window
-    video: bool = False  # film 1,500 steps of a game of the best network into the run's videos/
+    video: bool = False  # film a game of the best network, at most 1,500 frames, into the run's videos/
     track: Literal["none", "swanlab", "wandb"] = "none"  # mirror TensorBoard to a tracker
 
     def __post_init__(self):
@@ -160,8 +160,8 @@ def fit_memory(args: Args):
     if limit.exists() and limit.read_text() != "max\n":
         used = limit.with_name("memory.stat").read_text().split()[1]  # anon: without the file cache
         free = min(free, int(limit.read_text()) - int(used))
-    each = 1.75e7 if "forkserver" in multiprocessing.get_all_start_methods() else 1.6e8  # bytes of a worker process
-    free -= max(3e8, 1.6e8 + each * args.num_envs * (args.vec_env == "subproc"))
+    each = 1.75e7 if "forkserver" in multiprocessing.get_all_start_methods() else 1.6e8  # bytes of a worker
+    free -= max(3e8, 1.6e8 + each * args.num_envs * (args.vec_env == "subproc"))  # the rest of the run, at least 0.3 GB
     fit = max(0, int(0.9 * free)) // (84 * 84 + 8)  # transitions: a frame and 8 bytes each; a tenth stays free
     if args.buffer_size is None:  # 0.9 of what fits: it has to fit again at a resume, with less memory free
         args.buffer_size = min(1_000_000, math.ceil(0.9 * fit))
@@ -356,7 +356,7 @@ def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
 
 # === Training =========================================================================================================
 def train(args: Args) -> dict:
-    """Train from the start, or go on from the run directory args.resume; return the results."""
+    """Train from the start, or go on from the run directory args.resume, with the flags in args; return the results."""
     device = select_device(args.device, auto="cuda" if torch.cuda.is_available() else "cpu")
     fit_memory(args)
     set_random_seed(args.seed)  # seeds torch, random and np.random
@@ -429,7 +429,7 @@ def train(args: Args) -> dict:
             next_frames[i] = infos[i]["terminal_observation"]
 
         # Store. Where time ran out (truncated), rewards would have followed: only a termination drops max Q from y.
-        truncated = np.array([info["TimeLimit.truncated"] for info in infos])
+        truncated = np.array([info["TimeLimit.truncated"] for info in infos])  # SB3 sets it at every step
         terminated = dones & ~truncated
         run.check_finite(global_step, reward=rewards, loss=loss.item())
         memory.add(actions, rewards, next_frames, terminated, dones, frames)
@@ -462,7 +462,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
         frames, _, dones, infos = envs.step(actions.tolist())
         push_frames(stacks, frames, ended=dones)
         for i, info in enumerate(infos):
-            # How many each environment plays is fixed beforehand: the first ones to end would favour short episodes.
+            # Each environment plays a number of episodes fixed beforehand: the first to end would be the short ones.
             if "episode" in info and len(returns[i]) < (num_episodes + i) // n:  # these add up to num_episodes
                 returns[i].append(info["episode"]["r"])
     envs.close()
@@ -480,7 +480,7 @@ class AtariGame(gym.Wrapper):
     training=True   an episode is one life
     training=False  an episode is a whole game; step() begins the next life
 
-    At the step in which a game ended (or the next one, where the no-op or FIRE after a lost life ended it),
+    At the step in which a game ended (in training, the next one where the no-op or FIRE after a lost life ended it),
     info["episode"] holds its raw score "r" and its length "l" in emulator frames, no-ops included.
     """
 
@@ -490,7 +490,7 @@ class AtariGame(gym.Wrapper):
         self.ale = env.unwrapped.ale
         meanings = env.unwrapped.get_action_meanings()
         self.actions = [ale_py.Action[meaning] for meaning in meanings]
-        self.start_actions = self.actions[1:3] if meanings[1] == "FIRE" else []  # FIRE begins a life
+        self.start_actions = self.actions[1:3] if meanings[1] == "FIRE" else []  # FIRE, and what a few need
         self.screens = np.zeros((2, *self.ale.getScreenDims(), 3), np.uint8)  # the last two emulator frames
         self.observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
         self.metadata = {**env.metadata, "render_fps": 15}  # 60 emulator frames per second, 4 per step
@@ -500,10 +500,10 @@ class AtariGame(gym.Wrapper):
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         lives = self.lives
         reward, terminated, truncated = self._repeat(self.actions[action])
-        # Begin the next life with the actions of reset() in training, to the end. The stack of frames goes on.
+        # Begin the next life with the same actions as reset() in training. The stack of frames is not emptied.
         while not self.training and 0 < self.lives < lives:
             lives = self.lives  # in a loop: these actions may lose another
-            for start_action in (ale_py.Action.NOOP, *self.start_actions):  # once over, the emulator stands still
+            for start_action in (ale_py.Action.NOOP, *self.start_actions):  # after the game's end they do nothing
                 gained, terminated, truncated = self._repeat(start_action)
                 reward += gained
         info, self.info = self.info, {}
@@ -545,7 +545,7 @@ class AtariGame(gym.Wrapper):
 
     def _next_episode(self, seed: int | None = None, options: dict | None = None):
         if self.training and not self.game_over:
-            self._repeat(ale_py.Action.NOOP)  # past the loss; what it gains counts for the score, not for the agent
+            self._repeat(ale_py.Action.NOOP)  # goes past the loss; its reward counts for the score, not for the agent
             if not self.game_over:
                 return
         self.env.reset(seed=seed, options=options)
@@ -640,7 +640,7 @@ def make_envs(args: Args):
     make_env(args).close()  # an environment that fails is reported once, not by every worker
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
-    multiprocessing.set_forkserver_preload(["stable_baselines3", "tyro"])  # once for all workers: saves 150 MB each
+    multiprocessing.set_forkserver_preload(["stable_baselines3", "tyro"])  # imported once, shared: 150 MB less a worker
     others = multiprocessing.active_children()  # the workers made here are killed at exit: they ignore one SIGTERM
     atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p not in others])
     try:
@@ -670,7 +670,7 @@ def select_device(name: str, auto: str) -> torch.device:
 
 
 # ######################################################################################################################
-# The algorithm ends here. What follows holds no reinforcement learning, the same in every script but for its last line.
+# The algorithm ends here. What follows is no reinforcement learning; all but its last line is the same in every script.
 
 
 class UsageError(ValueError):
@@ -801,7 +801,8 @@ class Run:
         if not any(earlier > mean for _, earlier, _ in self.record["evaluations"]):
             save_checkpoint(self.dir / "best.pt", network=self.network, args=asdict(self.args))
         shown = [f"{name} {value:.3g}" for name, value in self.latest.items()][:4]
-        tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
+        if not Run.signal:  # else save first: what the output is piped into (tee) may have ended by the same Ctrl-C
+            tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
         self.started += time.perf_counter() - now
 
     def tick(self, **counts: int):
@@ -812,7 +813,7 @@ class Run:
         if stopped_by or step % self.args.checkpoint_every < step - last_step:
             self.save()
         if stopped_by:
-            tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}")
+            tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}", file=sys.stderr)
             self.envs.close()
             raise SystemExit(128 + stopped_by)
 
@@ -831,7 +832,7 @@ class Run:
         self.envs.close()  # before the evaluations: of some environments only few can exist at a time
         if self.counts["global_step"] not in [evaluation[0] for evaluation in self.record["evaluations"]]:
             self.evaluate(self.counts["global_step"], eval_seed)  # the final network may be the best
-        self.save()
+            self.save()
         args, best_network, seconds = self.args, copy.deepcopy(self.network), self.record["seconds"]
         if (self.dir / "best.pt").exists():  # unless somebody took it away
             load_checkpoint(self.dir / "best.pt", network=best_network)
@@ -883,13 +884,12 @@ def on_signal(number: int, frame):  # the run saves and ends after its iteration
     signal.signal(number, signal.SIG_DFL)
     try:  # print could be interrupted by itself
         os.write(2, b"\nstopping after this iteration, evaluation or final result; once more stops at once\n")
-        os.dup2(2, 1)  # what stdout is piped into (tee) may have ended by the same Ctrl-C
     except OSError:  # the terminal was closed: nothing more can be written to it
         os.dup2(os.dup2(os.open(os.devnull, os.O_WRONLY), 1), 2)
 
 
 def main(network_class):
-    if hasattr(sys.stdout, "reconfigure"):  # not in IDLE and notebooks
+    if hasattr(sys.stdout, "reconfigure"):  # IDLE's has none
         sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console may lack characters; log at once
     try:
         args = parse_args()

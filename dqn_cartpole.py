@@ -24,11 +24,11 @@ Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of 20 seeds
     evaluation           250        500        500          (16 episodes; 489 to 500; it rises, falls, rises again)
     return_mean_100      68         207        425          (334 to 490; a fifth of the actions are random)
     loss                 2.2        1.1        1.0          (0.2 to 6.6; of one minibatch)
-    q_taken              41         86         105          (95 to 130; above 1 / (1 - gamma) = 100: max overestimates)
+    q_taken              41         86         105          (95 to 130; the true values: at most 1 / (1 - gamma) = 100)
 
 Differences from the paper: vectors and a small network; Adam with a learning rate that falls to 0, not RMSProp;
 squared errors, not clipped; a target network that follows slowly, not by copies; epsilon ends at 0.2, not 0.1, so that
-the memory still gets failures; 8 environments side by side; where only time ran out, the target keeps the value of s'.
+the memory still gets falls; 8 environments side by side; where only time ran out, the target keeps the value of s'.
 """
 
 import argparse
@@ -85,7 +85,7 @@ class Args:
 
     # optimisation
     learning_rate: Positive = 1e-3  # step size of Adam at the start
-    learning_rate_end: Annotated[float, 0, 1e9] = 0.0  # at the end; it falls in a straight line over total_timesteps
+    learning_rate_end: Annotated[float, 0, 1e9] = 0.0  # step size at the end; it falls linearly over total_timesteps
     optimizer_eps: Positive = 1e-4  # Adam's epsilon: added to the denominator of its step
     loss: Literal["mse", "huber"] = "mse"  # squared TD error; huber: half of it, but linear for errors beyond 1
 
@@ -205,7 +205,7 @@ def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
 
 # === Training =========================================================================================================
 def train(args: Args) -> dict:
-    """Train from the start, or go on from the run directory args.resume; return the results."""
+    """Train from the start, or go on from the run directory args.resume, with the flags in args; return the results."""
     device = select_device(args.device, auto="cpu")
     torch.set_num_threads(1)  # so small a network is faster on one core than on several
     set_random_seed(args.seed)  # seeds torch, random and np.random; many environments draw from the last two
@@ -219,7 +219,7 @@ def train(args: Args) -> dict:
     memory = ReplayMemory(args.buffer_size, envs.observation_space.shape[0])
     loss_function = nn.functional.mse_loss if args.loss == "mse" else nn.functional.smooth_l1_loss
     loss = torch.zeros(())  # until the first gradient step
-    run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, memory=memory)  # resumes too
+    run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, memory=memory)  # or loads them
     global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
     # After a resume, transitions count from global_step on: changed flags leave no gradient steps to catch up on.
     learning_starts = max(args.learning_starts, global_step) - gradient_steps * args.train_frequency
@@ -266,7 +266,7 @@ def train(args: Args) -> dict:
             next_obs[i] = infos[i]["terminal_observation"]
 
         # Store. Where time ran out (truncated), rewards would have followed: only a termination drops max Q from y.
-        truncated = np.array([info["TimeLimit.truncated"] for info in infos])
+        truncated = np.array([info["TimeLimit.truncated"] for info in infos])  # SB3 sets it at every step
         terminated = dones & ~truncated
         run.check_finite(global_step, observation=[last_obs, next_obs], reward=rewards, loss=loss.item())
         memory.add(last_obs, actions, rewards, next_obs, terminated)
@@ -292,7 +292,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
         actions = network(torch.from_numpy(obs).to(device)).argmax(dim=1)
         obs, _, _, infos = envs.step(actions.tolist())
         for i, info in enumerate(infos):
-            # How many each environment plays is fixed beforehand: the first ones to end would favour short episodes.
+            # Each environment plays a number of episodes fixed beforehand: the first to end would be the short ones.
             if "episode" in info and len(returns[i]) < (num_episodes + i) // n:  # these add up to num_episodes
                 returns[i].append(info["episode"]["r"])
     envs.close()
@@ -301,7 +301,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 # === Environment ======================================================================================================
 class FlatEnv(gym.Wrapper):
-    """Gives any environment the form that the rest relies on: float32 vectors, NumPy integers as actions, no info."""
+    """Gives an environment the form that the rest relies on: float32 vectors out, NumPy integers in, an empty info."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -359,7 +359,7 @@ def make_envs(args: Args):
     make_env(args).close()  # an environment that fails is reported once, not by every worker
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
-    multiprocessing.set_forkserver_preload(["stable_baselines3", "tyro"])  # once for all workers: saves 150 MB each
+    multiprocessing.set_forkserver_preload(["stable_baselines3", "tyro"])  # imported once, shared: 150 MB less a worker
     others = multiprocessing.active_children()  # the workers made here are killed at exit: they ignore one SIGTERM
     atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p not in others])
     try:
@@ -378,7 +378,7 @@ def select_device(name: str, auto: str) -> torch.device:
 
 
 # ######################################################################################################################
-# The algorithm ends here. What follows holds no reinforcement learning, the same in every script but for its last line.
+# The algorithm ends here. What follows is no reinforcement learning; all but its last line is the same in every script.
 
 
 class UsageError(ValueError):
@@ -509,7 +509,8 @@ class Run:
         if not any(earlier > mean for _, earlier, _ in self.record["evaluations"]):
             save_checkpoint(self.dir / "best.pt", network=self.network, args=asdict(self.args))
         shown = [f"{name} {value:.3g}" for name, value in self.latest.items()][:4]
-        tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
+        if not Run.signal:  # else save first: what the output is piped into (tee) may have ended by the same Ctrl-C
+            tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
         self.started += time.perf_counter() - now
 
     def tick(self, **counts: int):
@@ -520,7 +521,7 @@ class Run:
         if stopped_by or step % self.args.checkpoint_every < step - last_step:
             self.save()
         if stopped_by:
-            tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}")
+            tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}", file=sys.stderr)
             self.envs.close()
             raise SystemExit(128 + stopped_by)
 
@@ -539,7 +540,7 @@ class Run:
         self.envs.close()  # before the evaluations: of some environments only few can exist at a time
         if self.counts["global_step"] not in [evaluation[0] for evaluation in self.record["evaluations"]]:
             self.evaluate(self.counts["global_step"], eval_seed)  # the final network may be the best
-        self.save()
+            self.save()
         args, best_network, seconds = self.args, copy.deepcopy(self.network), self.record["seconds"]
         if (self.dir / "best.pt").exists():  # unless somebody took it away
             load_checkpoint(self.dir / "best.pt", network=best_network)
@@ -591,13 +592,12 @@ def on_signal(number: int, frame):  # the run saves and ends after its iteration
     signal.signal(number, signal.SIG_DFL)
     try:  # print could be interrupted by itself
         os.write(2, b"\nstopping after this iteration, evaluation or final result; once more stops at once\n")
-        os.dup2(2, 1)  # what stdout is piped into (tee) may have ended by the same Ctrl-C
     except OSError:  # the terminal was closed: nothing more can be written to it
         os.dup2(os.dup2(os.open(os.devnull, os.O_WRONLY), 1), 2)
 
 
 def main(network_class):
-    if hasattr(sys.stdout, "reconfigure"):  # not in IDLE and notebooks
+    if hasattr(sys.stdout, "reconfigure"):  # IDLE's has none
         sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console may lack characters; log at once
     try:
         args = parse_args()

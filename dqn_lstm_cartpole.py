@@ -44,7 +44,7 @@ the pole falls at o5. With --burn-in 2 --sequence-length 3 --n-step 1, a gradien
    weights would remember something else. The burn-in, without loss and without gradient, brings it closer.
 3. The target of Q(h3, a3) takes Q' one position later (n, with --n-step n), from the same pass over the sequence. If
    only o4 were fed to the target network, it would know nothing of o3.
-4. If time had run out at o5: r4 + gamma max Q'(h5). Padding is what the memory holds next, read last, without loss.
+4. If time had run out at o5: r4 + gamma max Q'(h5). Padding is whatever the memory holds next; it has no loss.
 5. If fewer than 2 steps of the episode precede the first step with loss, that step is moved to o0, with a state of
    zeros and no burn-in. If the memory has overwritten o0, it is moved to the oldest left, with the state stored there.
 
@@ -318,7 +318,7 @@ def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
 
 # === Training =========================================================================================================
 def train(args: Args) -> dict:
-    """Train from the start, or go on from the run directory args.resume; return the results."""
+    """Train from the start, or go on from the run directory args.resume, with the flags in args; return the results."""
     device = select_device(args.device, auto="cpu")
     torch.set_num_threads(1)  # so small a network is faster on one core than on several
     set_random_seed(args.seed)  # seeds torch, random and np.random; many environments draw from the last two
@@ -389,7 +389,7 @@ def train(args: Args) -> dict:
             next_obs[i] = infos[i]["terminal_observation"]
 
         # Store. Where time ran out (truncated), rewards would have followed: only a termination drops max Q from y.
-        truncated = np.array([info["TimeLimit.truncated"] for info in infos])
+        truncated = np.array([info["TimeLimit.truncated"] for info in infos])  # SB3 sets it at every step
         terminated = dones & ~truncated
         run.check_finite(global_step, observation=[last_obs, next_obs], reward=rewards, loss=loss.item())
         memory.add(last_obs, actions, rewards, next_obs, terminated, steps, state.cpu())  # state: before last_obs
@@ -419,7 +419,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
         obs, _, dones, infos = envs.step(q_values[0].argmax(dim=1).tolist())
         state[dones] = 0.0
         for i, info in enumerate(infos):
-            # How many each environment plays is fixed beforehand: the first ones to end would favour short episodes.
+            # Each environment plays a number of episodes fixed beforehand: the first to end would be the short ones.
             if "episode" in info and len(returns[i]) < (num_episodes + i) // n:  # these add up to num_episodes
                 returns[i].append(info["episode"]["r"])
     envs.close()
@@ -428,7 +428,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 # === Environment ======================================================================================================
 class FlatEnv(gym.Wrapper):
-    """Gives any environment the form that the rest relies on: float32 vectors, NumPy integers as actions, no info."""
+    """Gives an environment the form that the rest relies on: float32 vectors out, NumPy integers in, an empty info."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -521,7 +521,7 @@ def make_envs(args: Args):
     make_env(args).close()  # an environment that fails is reported once, not by every worker
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
-    multiprocessing.set_forkserver_preload(["stable_baselines3", "tyro"])  # once for all workers: saves 150 MB each
+    multiprocessing.set_forkserver_preload(["stable_baselines3", "tyro"])  # imported once, shared: 150 MB less a worker
     others = multiprocessing.active_children()  # the workers made here are killed at exit: they ignore one SIGTERM
     atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p not in others])
     try:
@@ -540,7 +540,7 @@ def select_device(name: str, auto: str) -> torch.device:
 
 
 # ######################################################################################################################
-# The algorithm ends here. What follows holds no reinforcement learning, the same in every script but for its last line.
+# The algorithm ends here. What follows is no reinforcement learning; all but its last line is the same in every script.
 
 
 class UsageError(ValueError):
@@ -671,7 +671,8 @@ class Run:
         if not any(earlier > mean for _, earlier, _ in self.record["evaluations"]):
             save_checkpoint(self.dir / "best.pt", network=self.network, args=asdict(self.args))
         shown = [f"{name} {value:.3g}" for name, value in self.latest.items()][:4]
-        tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
+        if not Run.signal:  # else save first: what the output is piped into (tee) may have ended by the same Ctrl-C
+            tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
         self.started += time.perf_counter() - now
 
     def tick(self, **counts: int):
@@ -682,7 +683,7 @@ class Run:
         if stopped_by or step % self.args.checkpoint_every < step - last_step:
             self.save()
         if stopped_by:
-            tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}")
+            tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}", file=sys.stderr)
             self.envs.close()
             raise SystemExit(128 + stopped_by)
 
@@ -701,7 +702,7 @@ class Run:
         self.envs.close()  # before the evaluations: of some environments only few can exist at a time
         if self.counts["global_step"] not in [evaluation[0] for evaluation in self.record["evaluations"]]:
             self.evaluate(self.counts["global_step"], eval_seed)  # the final network may be the best
-        self.save()
+            self.save()
         args, best_network, seconds = self.args, copy.deepcopy(self.network), self.record["seconds"]
         if (self.dir / "best.pt").exists():  # unless somebody took it away
             load_checkpoint(self.dir / "best.pt", network=best_network)
@@ -753,13 +754,12 @@ def on_signal(number: int, frame):  # the run saves and ends after its iteration
     signal.signal(number, signal.SIG_DFL)
     try:  # print could be interrupted by itself
         os.write(2, b"\nstopping after this iteration, evaluation or final result; once more stops at once\n")
-        os.dup2(2, 1)  # what stdout is piped into (tee) may have ended by the same Ctrl-C
     except OSError:  # the terminal was closed: nothing more can be written to it
         os.dup2(os.dup2(os.open(os.devnull, os.O_WRONLY), 1), 2)
 
 
 def main(network_class):
-    if hasattr(sys.stdout, "reconfigure"):  # not in IDLE and notebooks
+    if hasattr(sys.stdout, "reconfigure"):  # IDLE's has none
         sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console may lack characters; log at once
     try:
         args = parse_args()

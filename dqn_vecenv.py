@@ -13,7 +13,7 @@ The algorithm (Mnih et al., Nature 518, 2015) and its defaults are those of dqn_
 the bit (compared on seeds 1 to 3), and reaches 500.0 of 500 on 19 of 20 seeds. This script is about what feeds it:
 several environments side by side, in a process each (--vec-env subproc), in this process (dummy), in the threads of
 EnvPool's C++ (envpool), or on the machines of a Ray cluster (ray). Training takes about 43 s on two cores: for steps as
-short as CartPole's dummy is quicker, and subproc is the default only to show it. docs/performance.md: which pays when.
+short as CartPole's, dummy is quicker, and subproc is the default only to show it. docs/performance.md: which pays when.
 
     python dqn_vecenv.py
     python dqn_vecenv.py --env-id corridor:Corridor-v0           # your own corridor.py: see the README
@@ -89,7 +89,7 @@ class Args:
 
     # optimisation
     learning_rate: Positive = 1e-3  # step size of Adam at the start
-    learning_rate_end: Annotated[float, 0, 1e9] = 0.0  # at the end; it falls in a straight line over total_timesteps
+    learning_rate_end: Annotated[float, 0, 1e9] = 0.0  # step size at the end; it falls linearly over total_timesteps
     optimizer_eps: Positive = 1e-4  # Adam's epsilon: added to the denominator of its step
     loss: Literal["mse", "huber"] = "mse"  # squared TD error; huber: half of it, but linear for errors beyond 1
 
@@ -209,7 +209,7 @@ def linear_schedule(start: float, end: float, steps: int, t: int) -> float:
 
 # === Training =========================================================================================================
 def train(args: Args) -> dict:
-    """Train from the start, or go on from the run directory args.resume; return the results."""
+    """Train from the start, or go on from the run directory args.resume, with the flags in args; return the results."""
     device = select_device(args.device, auto="cpu")
     torch.set_num_threads(1)  # so small a network is faster on one core than on several
     set_random_seed(args.seed)  # seeds torch, random and np.random; many environments draw from the last two
@@ -223,7 +223,7 @@ def train(args: Args) -> dict:
     memory = ReplayMemory(args.buffer_size, envs.observation_space.shape[0])
     loss_function = nn.functional.mse_loss if args.loss == "mse" else nn.functional.smooth_l1_loss
     loss = torch.zeros(())  # until the first gradient step
-    run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, memory=memory)  # resumes too
+    run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, memory=memory)  # or loads them
     global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
     # After a resume, transitions count from global_step on: changed flags leave no gradient steps to catch up on.
     learning_starts = max(args.learning_starts, global_step) - gradient_steps * args.train_frequency
@@ -270,7 +270,7 @@ def train(args: Args) -> dict:
             next_obs[i] = infos[i]["terminal_observation"]
 
         # Store. Where time ran out (truncated), rewards would have followed: only a termination drops max Q from y.
-        truncated = np.array([info["TimeLimit.truncated"] for info in infos])
+        truncated = np.array([info["TimeLimit.truncated"] for info in infos])  # SB3 sets it at every step
         terminated = dones & ~truncated
         run.check_finite(global_step, observation=[last_obs, next_obs], reward=rewards, loss=loss.item())
         memory.add(last_obs, actions, rewards, next_obs, terminated)
@@ -296,7 +296,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
         actions = network(torch.from_numpy(obs).to(device)).argmax(dim=1)
         obs, _, _, infos = envs.step(actions.tolist())
         for i, info in enumerate(infos):
-            # How many each environment plays is fixed beforehand: the first ones to end would favour short episodes.
+            # Each environment plays a number of episodes fixed beforehand: the first to end would be the short ones.
             if "episode" in info and len(returns[i]) < (num_episodes + i) // n:  # these add up to num_episodes
                 returns[i].append(info["episode"]["r"])
     envs.close()
@@ -305,7 +305,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 # === Environment ======================================================================================================
 class FlatEnv(gym.Wrapper):
-    """Gives any environment the form that the rest relies on: float32 vectors, NumPy integers as actions, no info."""
+    """Gives an environment the form that the rest relies on: float32 vectors out, NumPy integers in, an empty info."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -363,7 +363,7 @@ def make_envs(args: Args):
     make_env(args).close()  # an environment that fails is reported once, not by every worker
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
-    multiprocessing.set_forkserver_preload(["stable_baselines3", "tyro"])  # once for all workers: saves 150 MB each
+    multiprocessing.set_forkserver_preload(["stable_baselines3", "tyro"])  # imported once, shared: 150 MB less a worker
     others = multiprocessing.active_children()  # the workers made here are killed at exit: they ignore one SIGTERM
     atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p not in others])
     try:
@@ -475,7 +475,7 @@ def select_device(name: str, auto: str) -> torch.device:
 
 
 # ######################################################################################################################
-# The algorithm ends here. What follows holds no reinforcement learning, the same in every script but for its last line.
+# The algorithm ends here. What follows is no reinforcement learning; all but its last line is the same in every script.
 
 
 class UsageError(ValueError):
@@ -606,7 +606,8 @@ class Run:
         if not any(earlier > mean for _, earlier, _ in self.record["evaluations"]):
             save_checkpoint(self.dir / "best.pt", network=self.network, args=asdict(self.args))
         shown = [f"{name} {value:.3g}" for name, value in self.latest.items()][:4]
-        tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
+        if not Run.signal:  # else save first: what the output is piped into (tee) may have ended by the same Ctrl-C
+            tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
         self.started += time.perf_counter() - now
 
     def tick(self, **counts: int):
@@ -617,7 +618,7 @@ class Run:
         if stopped_by or step % self.args.checkpoint_every < step - last_step:
             self.save()
         if stopped_by:
-            tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}")
+            tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}", file=sys.stderr)
             self.envs.close()
             raise SystemExit(128 + stopped_by)
 
@@ -636,7 +637,7 @@ class Run:
         self.envs.close()  # before the evaluations: of some environments only few can exist at a time
         if self.counts["global_step"] not in [evaluation[0] for evaluation in self.record["evaluations"]]:
             self.evaluate(self.counts["global_step"], eval_seed)  # the final network may be the best
-        self.save()
+            self.save()
         args, best_network, seconds = self.args, copy.deepcopy(self.network), self.record["seconds"]
         if (self.dir / "best.pt").exists():  # unless somebody took it away
             load_checkpoint(self.dir / "best.pt", network=best_network)
@@ -688,13 +689,12 @@ def on_signal(number: int, frame):  # the run saves and ends after its iteration
     signal.signal(number, signal.SIG_DFL)
     try:  # print could be interrupted by itself
         os.write(2, b"\nstopping after this iteration, evaluation or final result; once more stops at once\n")
-        os.dup2(2, 1)  # what stdout is piped into (tee) may have ended by the same Ctrl-C
     except OSError:  # the terminal was closed: nothing more can be written to it
         os.dup2(os.dup2(os.open(os.devnull, os.O_WRONLY), 1), 2)
 
 
 def main(network_class):
-    if hasattr(sys.stdout, "reconfigure"):  # not in IDLE and notebooks
+    if hasattr(sys.stdout, "reconfigure"):  # IDLE's has none
         sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console may lack characters; log at once
     try:
         args = parse_args()

@@ -229,7 +229,7 @@ def critic_loss(values, returns):
 
 # === Training =========================================================================================================
 def train(args: Args) -> dict:
-    """Train from the start, or go on from the run directory args.resume; return the results."""
+    """Train from the start, or go on from the run directory args.resume, with the flags in args; return the results."""
     device = select_device(args.device, auto="cpu")
     torch.set_num_threads(1)  # so small a network is faster on one core than on several
     set_random_seed(args.seed)  # seeds torch, random and np.random; many environments draw from the last two
@@ -249,7 +249,7 @@ def train(args: Args) -> dict:
         remaining = 1.0 - global_step / args.total_timesteps
         clip_coef = args.clip_coef * remaining if args.anneal_clip else args.clip_coef
         learning_rate = args.learning_rate * remaining
-        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # a resume loads the old ones
+        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # a resume loads the saved ones
 
         # Collect: num_steps of every environment, with the policy as it is.
         rollout.obs[0] = rollout.obs[-1]  # go on where the last rollout was cut off
@@ -300,7 +300,7 @@ def train(args: Args) -> dict:
         metrics["explained_variance"] = 1.0 - (advantages.var() / returns.var().clamp(min=1e-8)).item()
         run.log(global_step, "train", **metrics, learning_rate=learning_rate)
 
-        # Evaluate and keep the best network, each time a multiple of eval_every is crossed; save.
+        # Evaluate each time a multiple of eval_every is crossed, and keep the best network; save where it is due.
         if global_step % args.eval_every < len(obs):
             run.evaluate(global_step, eval_seed)
         run.tick(global_step=global_step, gradient_steps=gradient_steps)
@@ -320,7 +320,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
         actions = choose_actions(network(torch.from_numpy(obs).to(device)), envs.action_space, greedy=True)
         obs, _, _, infos = envs.step(actions.tolist())
         for i, info in enumerate(infos):
-            # How many each environment plays is fixed beforehand: the first ones to end would favour short episodes.
+            # Each environment plays a number of episodes fixed beforehand: the first to end would be the short ones.
             if "episode" in info and len(returns[i]) < (num_episodes + i) // n:  # these add up to num_episodes
                 returns[i].append(info["episode"]["r"])
     envs.close()
@@ -329,7 +329,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 # === Environment ======================================================================================================
 class FlatEnv(gym.Wrapper):
-    """Gives any environment the form that the rest relies on: float32 vectors, actions as sample() gives, no info."""
+    """Gives an environment the form that the rest relies on: float32 vectors out, actions in as sample() gives them."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
@@ -393,7 +393,7 @@ def make_envs(args: Args):
     make_env(args).close()  # an environment that fails is reported once, not by every worker
     if args.vec_env == "dummy":
         return DummyVecEnv([partial(make_env, args)] * args.num_envs)
-    multiprocessing.set_forkserver_preload(["stable_baselines3", "tyro"])  # once for all workers: saves 150 MB each
+    multiprocessing.set_forkserver_preload(["stable_baselines3", "tyro"])  # imported once, shared: 150 MB less a worker
     others = multiprocessing.active_children()  # the workers made here are killed at exit: they ignore one SIGTERM
     atexit.register(lambda: [p.kill() for p in multiprocessing.active_children() if p not in others])
     try:
@@ -412,7 +412,7 @@ def select_device(name: str, auto: str) -> torch.device:
 
 
 # ######################################################################################################################
-# The algorithm ends here. What follows holds no reinforcement learning, the same in every script but for its last line.
+# The algorithm ends here. What follows is no reinforcement learning; all but its last line is the same in every script.
 
 
 class UsageError(ValueError):
@@ -543,7 +543,8 @@ class Run:
         if not any(earlier > mean for _, earlier, _ in self.record["evaluations"]):
             save_checkpoint(self.dir / "best.pt", network=self.network, args=asdict(self.args))
         shown = [f"{name} {value:.3g}" for name, value in self.latest.items()][:4]
-        tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
+        if not Run.signal:  # else save first: what the output is piped into (tee) may have ended by the same Ctrl-C
+            tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
         self.started += time.perf_counter() - now
 
     def tick(self, **counts: int):
@@ -554,7 +555,7 @@ class Run:
         if stopped_by or step % self.args.checkpoint_every < step - last_step:
             self.save()
         if stopped_by:
-            tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}")
+            tqdm.write(f"stopped; to go on: python {sys.argv[0]} --resume {self.dir}", file=sys.stderr)
             self.envs.close()
             raise SystemExit(128 + stopped_by)
 
@@ -573,7 +574,7 @@ class Run:
         self.envs.close()  # before the evaluations: of some environments only few can exist at a time
         if self.counts["global_step"] not in [evaluation[0] for evaluation in self.record["evaluations"]]:
             self.evaluate(self.counts["global_step"], eval_seed)  # the final network may be the best
-        self.save()
+            self.save()
         args, best_network, seconds = self.args, copy.deepcopy(self.network), self.record["seconds"]
         if (self.dir / "best.pt").exists():  # unless somebody took it away
             load_checkpoint(self.dir / "best.pt", network=best_network)
@@ -625,13 +626,12 @@ def on_signal(number: int, frame):  # the run saves and ends after its iteration
     signal.signal(number, signal.SIG_DFL)
     try:  # print could be interrupted by itself
         os.write(2, b"\nstopping after this iteration, evaluation or final result; once more stops at once\n")
-        os.dup2(2, 1)  # what stdout is piped into (tee) may have ended by the same Ctrl-C
     except OSError:  # the terminal was closed: nothing more can be written to it
         os.dup2(os.dup2(os.open(os.devnull, os.O_WRONLY), 1), 2)
 
 
 def main(network_class):
-    if hasattr(sys.stdout, "reconfigure"):  # not in IDLE and notebooks
+    if hasattr(sys.stdout, "reconfigure"):  # IDLE's has none
         sys.stdout.reconfigure(errors="replace", line_buffering=True)  # a console may lack characters; log at once
     try:
         args = parse_args()
