@@ -21,7 +21,7 @@ other environment whose observation is one 84x84 grey frame is learned too (docs
     python dqn_atari.py --play runs/NAME/best.pt --render
 
 Breakout without a GPU, mean score of the last 100 training games: at a million transitions 88 after an hour on two
-cores (seed 1), and 75 to 84 on one thread (seeds 1 to 3); seed 1 on one thread 322 at 5.14 million, not run to its end.
+cores (seed 1), and 75 to 84 on one thread (seeds 1 to 3); seed 1 on one thread 325 at 7.69 million, not run to its end.
 Pong as above ends after 28 minutes on two cores (seed 3), on one thread after 49, 58 and 65 (seeds 1 to 3). bfloat16.
 
 Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, seed 1, one thread
