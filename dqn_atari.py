@@ -375,7 +375,7 @@ def train(args: Args) -> dict:
     loss = torch.zeros(())  # until the first gradient step
     kept = {"memory": memory} if args.checkpoint_memory else {}
     run = Run(args, envs, q_network, target_network=target_network, optimizer=optimizer, **kept)
-    global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
+    global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]  # 0, or as Run loaded them
     # After a resume, transitions count from global_step on: changed flags leave no gradient steps to catch up on.
     learning_starts = max(args.learning_starts, global_step) - gradient_steps * args.train_frequency
     if args.resume and not args.checkpoint_memory:  # the memory is empty: as many transitions again before learning
@@ -490,7 +490,7 @@ class AtariGame(gym.Wrapper):
         self.ale = env.unwrapped.ale
         meanings = env.unwrapped.get_action_meanings()
         self.actions = [ale_py.Action[meaning] for meaning in meanings]
-        self.start_actions = self.actions[1:3] if meanings[1] == "FIRE" else []  # FIRE, and what a few need
+        self.start_actions = self.actions[1:3] if meanings[1] == "FIRE" else []  # as SB3's FireResetEnv
         self.screens = np.zeros((2, *self.ale.getScreenDims(), 3), np.uint8)  # the last two emulator frames
         self.observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
         self.metadata = {**env.metadata, "render_fps": 15}  # 60 emulator frames per second, 4 per step
@@ -828,7 +828,7 @@ class Run:
     def finish(self, eval_seed: int, final_seed: int) -> dict:
         """Save; judge the final and the best network by seeds not used so far; write result.json."""
         self.bar.close()
-        self.save()
+        self.save()  # before what may take long, or fail
         self.envs.close()  # before the evaluations: of some environments only few can exist at a time
         if self.counts["global_step"] not in [evaluation[0] for evaluation in self.record["evaluations"]]:
             self.evaluate(self.counts["global_step"], eval_seed)  # the final network may be the best

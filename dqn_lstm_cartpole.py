@@ -334,7 +334,7 @@ def train(args: Args) -> dict:
     loss = torch.zeros(())  # until the first gradient step
     parts = {"online_network": q_network, "target_network": target_network, "optimizer": optimizer, "memory": memory}
     run = Run(args, envs, average_network, **parts)  # the average is what is evaluated, kept as best.pt and played
-    global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
+    global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]  # 0, or as Run loaded them
     # After a resume, transitions count from global_step on: changed flags leave no gradient steps to catch up on.
     learning_starts = max(args.learning_starts, global_step) - gradient_steps * args.train_frequency
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this + i; a resumed run gets new episodes
@@ -698,7 +698,7 @@ class Run:
     def finish(self, eval_seed: int, final_seed: int) -> dict:
         """Save; judge the final and the best network by seeds not used so far; write result.json."""
         self.bar.close()
-        self.save()
+        self.save()  # before what may take long, or fail
         self.envs.close()  # before the evaluations: of some environments only few can exist at a time
         if self.counts["global_step"] not in [evaluation[0] for evaluation in self.record["evaluations"]]:
             self.evaluate(self.counts["global_step"], eval_seed)  # the final network may be the best

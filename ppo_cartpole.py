@@ -240,8 +240,8 @@ def train(args: Args) -> dict:
     network = ActorCritic(envs.observation_space, envs.action_space, args).to(device)
     optimizer = torch.optim.Adam(network.parameters(), args.learning_rate, eps=args.optimizer_eps, fused=True)
     rollout = Rollout(args.num_steps, args.num_envs, envs.observation_space.shape[0], envs.action_space)
-    run = Run(args, envs, network, optimizer=optimizer)  # with --resume, loads both
-    global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]
+    run = Run(args, envs, network, optimizer=optimizer)
+    global_step, gradient_steps = run.counts["global_step"], run.counts["gradient_steps"]  # 0, or as Run loaded them
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this + i; a resumed run gets new episodes
     rollout.obs[-1] = envs.reset()
 
@@ -570,7 +570,7 @@ class Run:
     def finish(self, eval_seed: int, final_seed: int) -> dict:
         """Save; judge the final and the best network by seeds not used so far; write result.json."""
         self.bar.close()
-        self.save()
+        self.save()  # before what may take long, or fail
         self.envs.close()  # before the evaluations: of some environments only few can exist at a time
         if self.counts["global_step"] not in [evaluation[0] for evaluation in self.record["evaluations"]]:
             self.evaluate(self.counts["global_step"], eval_seed)  # the final network may be the best

@@ -436,4 +436,8 @@ def foresight(tmp_path, gradient_steps, monkeypatch):
 
 
 def test_q_values_foretell_a_game_that_was_not_trained_on(tmp_path, monkeypatch):
-    assert foresight(tmp_path / "run", 600, monkeypatch) > 0.45  # an untrained network: below 0.25
+    assert foresight(tmp_path / "run", 600, monkeypatch) > 0.45
+
+
+def test_an_untrained_network_foretells_nothing(tmp_path, monkeypatch):
+    assert foresight(tmp_path / "run", 2, monkeypatch) < 0.25

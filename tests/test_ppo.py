@@ -425,6 +425,11 @@ def test_it_learns_cartpole(tmp_path):
     assert result["final_return_mean"] > 150  # an untrained network stays near 10
 
 
+def test_an_untrained_network_has_not_learned(tmp_path):
+    args = options(tmp_path, num_steps=9, update_epochs=1, total_timesteps=36, final_eval_episodes=20)
+    assert ppo.train(args)["final_return_mean"] < 50
+
+
 @pytest.mark.parametrize("largest", [0.0, 1e-2])
 def test_a_gradient_step_follows_the_gradient_of_its_own_minibatch(largest, tmp_path, monkeypatch):
     networks, parts, gradients, steps = [], {}, [], []
