@@ -21,7 +21,7 @@ Reinforcement Learning" (R2D2, ICLR 2019). Read dqn_cartpole.py first.
 
 Measured with the defaults, seeds 1 to 20: the final network's greedy return over 100 episodes is 475 or more on 18 of
 20 (95 % interval of that rate: 68 to 98.8 %; the defaults were chosen on seeds 1 to 10); the others end at 462.4 and
-398.5. Some runs reach 500 and slide again. Training takes 97 s on one core. The control, seeds 1 to 5: 66 to 77.
+398.5. Some runs reach 500 and slide again. Training takes 84 s on one core. The control, seeds 1 to 5: 66 to 77.
 
 Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of 20 seeds; lowest and highest at the end)
     evaluation           253        500        500          (399 to 500)

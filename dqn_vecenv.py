@@ -12,7 +12,7 @@
 The algorithm (Mnih et al., Nature 518, 2015) and its defaults are those of dqn_cartpole.py, which computes the same to
 the bit (compared on seeds 1 to 3), and reaches 500.0 of 500 on 19 of 20 seeds. This script is about what feeds it:
 several environments side by side, in a process each (--vec-env subproc), in this process (dummy), in the threads of
-EnvPool's C++ (envpool), or on the machines of a Ray cluster (ray). Training takes about 43 s on two cores: for steps as
+EnvPool's C++ (envpool), or on the machines of a Ray cluster (ray). Training takes about 37 s on two cores: for steps as
 short as CartPole's, dummy is quicker, and subproc is the default only to show it. docs/performance.md: which pays when.
 
     python dqn_vecenv.py
