@@ -229,9 +229,9 @@ class ReplayMemory:
 
     def add(self, *transitions: np.ndarray | torch.Tensor):
         """Store one transition per environment, over the oldest: in the order of columns, (num_envs, ...) each."""
-        slots = torch.arange(self.added, self.added + self.num_envs) % self.capacity
+        slots = np.arange(self.added, self.added + self.num_envs) % self.capacity
         for column, values in zip(self.columns.values(), transitions, strict=True):
-            column[slots] = torch.as_tensor(values, dtype=column.dtype)
+            column.numpy()[slots] = values  # writes into the tensor's memory; faster than column[slots]
         self.added += self.num_envs
 
     def sample(self, batch_size: int, length: int, burn_in: int, device: torch.device) -> Batch:

@@ -157,9 +157,9 @@ class ReplayMemory:
 
     def add(self, *arrays: np.ndarray):
         """Store one transition per environment: arrays (num_envs, ...) in the order of Batch. Overwrites the oldest."""
-        slots = torch.arange(self.added, self.added + len(arrays[0])) % self.capacity
+        slots = np.arange(self.added, self.added + len(arrays[0])) % self.capacity
         for column, values in zip(self.columns, arrays, strict=True):
-            column[slots] = torch.as_tensor(values, dtype=column.dtype)
+            column.numpy()[slots] = values  # writes into the tensor's memory; faster than column[slots]
         self.added += len(slots)
 
     def sample(self, batch_size: int, device: torch.device) -> Batch:
