@@ -192,9 +192,9 @@ def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, g
 
 
 @torch.no_grad()
-def update_target(target_network: nn.Module, network: nn.Module, tau: float):
+def update_target(target_parameters: list[nn.Parameter], parameters: list[nn.Parameter], tau: float):
     """theta_target <- theta_target + tau * (theta - theta_target); tau 1 is a copy."""
-    for target, parameter in zip(target_network.parameters(), network.parameters(), strict=True):
+    for target, parameter in zip(target_parameters, parameters, strict=True):
         target.lerp_(parameter, tau)
 
 
@@ -215,6 +215,7 @@ def train(args: Args) -> dict:
     envs = make_envs(args)
     q_network = QNetwork(envs.observation_space, envs.action_space, args).to(device)
     target_network = copy.deepcopy(q_network)
+    parameters, target_parameters = list(q_network.parameters()), list(target_network.parameters())
     optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, eps=args.optimizer_eps, fused=True)
     memory = ReplayMemory(args.buffer_size, envs.observation_space.shape[0])
     loss_function = nn.functional.mse_loss if args.loss == "mse" else nn.functional.smooth_l1_loss
@@ -252,8 +253,7 @@ def train(args: Args) -> dict:
 
             # Update the target network every target_frequency transitions (at most once per gradient step).
             if (gradient_steps * args.train_frequency) % args.target_frequency < args.train_frequency:
-                update_target(target_network, q_network, args.tau)
-
+                update_target(target_parameters, parameters, args.tau)
             if gradient_steps % 100 == 0:
                 metrics = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
                 run.log(global_step, "train", **metrics, epsilon=epsilon, learning_rate=learning_rate)

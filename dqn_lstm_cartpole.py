@@ -305,9 +305,9 @@ def td_loss(q_values, next_q_values, batch: Batch, gamma: float, n_step: int, lo
 
 
 @torch.no_grad()
-def update_target(target_network: nn.Module, network: nn.Module, tau: float):
+def update_target(target_parameters: list[nn.Parameter], parameters: list[nn.Parameter], tau: float):
     """theta_target <- theta_target + tau * (theta - theta_target); tau 1 is a copy."""
-    for target, parameter in zip(target_network.parameters(), network.parameters(), strict=True):
+    for target, parameter in zip(target_parameters, parameters, strict=True):
         target.lerp_(parameter, tau)
 
 
@@ -328,6 +328,8 @@ def train(args: Args) -> dict:
     envs = make_envs(args)
     q_network = QNetwork(envs.observation_space, envs.action_space, args).to(device)
     target_network, average_network = copy.deepcopy(q_network), copy.deepcopy(q_network)
+    parameters, target_parameters = list(q_network.parameters()), list(target_network.parameters())
+    average_parameters = list(average_network.parameters())
     optimizer = torch.optim.Adam(q_network.parameters(), args.learning_rate, eps=args.optimizer_eps, fused=True)
     memory = ReplayMemory(args.buffer_size, args.num_envs, envs.observation_space.shape[0], q_network.state_shape)
     loss_function = nn.functional.mse_loss if args.loss == "mse" else nn.functional.smooth_l1_loss
@@ -367,16 +369,15 @@ def train(args: Args) -> dict:
             loss, q_taken = td_loss(q_values, next_q_values, batch, args.gamma, args.n_step, loss_function)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(q_network.parameters(), args.max_grad_norm or math.inf)  # 0: not clipped
+            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)  # 0: not clipped
             optimizer.step()
             gradient_steps += 1
             # One gradient step can flip greedy actions: an average of the weights is evaluated, at first of all steps.
-            update_target(average_network, q_network, 1 / min(gradient_steps, args.average_steps))
+            update_target(average_parameters, parameters, 1 / min(gradient_steps, args.average_steps))
 
             # Update the target network every target_frequency transitions (at most once per gradient step).
             if (gradient_steps * args.train_frequency) % args.target_frequency < args.train_frequency:
-                update_target(target_network, q_network, args.tau)
-
+                update_target(target_parameters, parameters, args.tau)
             if gradient_steps % 100 == 0:
                 metrics = {"loss": loss.item(), "q_taken": q_taken.mean().item()}
                 run.log(global_step, "train", **metrics, epsilon=epsilon, learning_rate=learning_rate)

@@ -78,7 +78,7 @@ BUGS = [
         'next_obs[i] = infos[i]["terminal_observation"]', "pass", CORRIDOR, "value"),
     Bug("target-never-synced", DQN, "test_dqn.py::test_counts_do_not_depend_on_the_number_of_environments[4-10-3]",
         "the target network stays as it was initialised",
-        "update_target(target_network, q_network, args.tau)", "pass"),
+        "update_target(target_parameters, parameters, args.tau)", "pass"),
     Bug("target-is-an-alias", DQN, "test_dqn.py::test_targets_come_from_a_network_that_stays_behind",
         "the target network is a second name for the network, not a copy",
         "target_network = copy.deepcopy(q_network)", "target_network = q_network"),

@@ -28,13 +28,13 @@ MAY_DIFFER = {"Args", "make_env", "QNetwork", "ReplayMemory", "Batch", "td_loss"
 # How many lines of dqn_cartpole.py's functions the others' lack: where the algorithms differ, and nowhere else.
 OWN_LINES = {
     "dqn_vecenv": {"train": 1, "evaluate": 0},
-    "dqn_atari": {"train": 20, "evaluate": 4},
+    "dqn_atari": {"train": 21, "evaluate": 4},
     "dqn_lstm_cartpole": {"train": 10, "evaluate": 2, "make_env": 1},
-    "ppo_cartpole": {"train": 48, "evaluate": 1, "make_env": 0},
+    "ppo_cartpole": {"train": 49, "evaluate": 1, "make_env": 0},
 }
 # Of the plumbing: all lines, and those that are neither blank nor comment nor docstring.
 MAX_PLUMBING, MAX_PLUMBING_CODE = 240, 190
-MAX_LINES = {"dqn_cartpole": 620, "dqn_vecenv": 717, "ppo_cartpole": 654, "dqn_lstm_cartpole": 782, "dqn_atari": 912}
+MAX_LINES = {"dqn_cartpole": 620, "dqn_vecenv": 717, "ppo_cartpole": 654, "dqn_lstm_cartpole": 783, "dqn_atari": 912}
 MAX_DOCSTRING = defaultdict(lambda: 50, dqn_cartpole=30, ppo_cartpole=30)
 RUN_FILES = {"args.json", "progress.csv", "best.pt", "last.pt", "result.json"}
 RESULTS = {

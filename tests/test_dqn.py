@@ -111,7 +111,7 @@ def values_of(network):
 
 def test_hard_target_update_is_a_copy_that_stays_behind():
     target, online = two_networks()
-    dqn.update_target(target, online, tau=1.0)
+    dqn.update_target(list(target.parameters()), list(online.parameters()), tau=1.0)
     assert values_of(target) == values_of(online) == [10, 0, 20]
     torch.nn.init.zeros_(online.weight)
     assert values_of(target) == [10, 0, 20]
@@ -119,7 +119,7 @@ def test_hard_target_update_is_a_copy_that_stays_behind():
 
 def test_soft_target_update_goes_a_tenth_of_the_way():
     target, online = two_networks()
-    dqn.update_target(target, online, tau=0.1)
+    dqn.update_target(list(target.parameters()), list(online.parameters()), tau=0.1)
     assert values_of(target) == [1, 9, -16]
     assert values_of(online) == [10, 0, 20]
 
