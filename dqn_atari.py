@@ -27,12 +27,12 @@ Pong as above ends after 28 minutes on two cores (seed 3), on one thread after 4
 Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, seed 1, one thread
     return_mean_100      1.2        22       45       84           (whole games; a random player: about 1.3)
     evaluation           -          30       46       142          (of 5 games: noisy)
-    loss                 0.003      0.018    0.024    0.035        (medians of the 50,000 before; it has spikes)
-    q_taken              0.1        1.1      1.9      2.6          (the same)
+    loss                 0.003      0.018    0.024    0.032        (medians of the 50,000 before; it has spikes)
+    q_taken              0.1        1.1      1.9      2.7          (the same)
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. An Atari game's train/episode_length counts emulator frames, those of no-ops and FIRE too. A memory of a
-million transitions takes 7 GB, each game's process 17 MB (Windows: 160). Without --checkpoint-memory a resumed run
+million transitions takes 7 GB, each game's process 17 MB (on Windows about 160). Without --checkpoint-memory a resumed run
 begins with an empty memory, and plays --learning-starts transitions before it learns on (in a long run, give more).
 
 A training episode is a life; an evaluation plays the whole game. In both, each further life begins with a no-op and,
