@@ -32,7 +32,7 @@ Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, 
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. An Atari game's train/episode_length counts emulator frames, those of no-ops and FIRE too. A memory of a
-million transitions takes 7 GB, each game's process 17 MB (on Windows about 160). Without --checkpoint-memory a resumed run
+million transitions takes 7 GB, each game's process 17 MB (Windows: some 160). Without --checkpoint-memory a resumed run
 begins with an empty memory, and plays --learning-starts transitions before it learns on (in a long run, give more).
 
 A training episode is a life; an evaluation plays the whole game. In both, each further life begins with a no-op and,
@@ -403,7 +403,7 @@ def train(args: Args) -> dict:
             args.learning_rate, args.learning_rate_end, args.learning_rate_steps, global_step
         )
         n_step = args.n_step if global_step <= args.n_step_until else 1  # more is faster; 1 has no off-policy error
-        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # a resume loads the saved ones
+        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # eps too: a resume loads old ones
         while gradient_steps < (global_step - learning_starts) // args.train_frequency:
             batch = memory.sample(args.batch_size, n_step, args.gamma, device)
             with torch.no_grad():
@@ -462,8 +462,8 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
         frames, _, dones, infos = envs.step(actions.tolist())
         push_frames(stacks, frames, ended=dones)
         for i, info in enumerate(infos):
-            # Each environment plays a number of episodes fixed beforehand: the first to end would be the short ones.
-            if "episode" in info and len(returns[i]) < (num_episodes + i) // n:  # these add up to num_episodes
+            # 100 on 8 environments: 12 or 13 each, fixed beforehand; the first 100 to end would be the short ones.
+            if "episode" in info and len(returns[i]) < (num_episodes + i) // n:
                 returns[i].append(info["episode"]["r"])
     envs.close()
     return np.concatenate(returns)
@@ -793,17 +793,17 @@ class Run:
 
     def evaluate(self, global_step: int, seed: int):
         """Evaluate the network, off the clock, and keep it as best.pt if none was better before."""
-        now = time.perf_counter()
+        self.check_finite(global_step, network=sum(p.sum() for p in self.network.parameters()).item())
+        seconds = time.perf_counter() - self.started
         returns = evaluate(self.args, self.network, self.args.eval_episodes, seed)
-        mean, seconds = float(returns.mean()), now - self.started
-        self.log(global_step, "eval", return_mean=mean, return_min=float(returns.min()))
+        self.log(global_step, "eval", return_mean=(mean := float(returns.mean())), return_min=float(returns.min()))
         self.record["evaluations"].append([global_step, mean, seconds])
         if not any(earlier > mean for _, earlier, _ in self.record["evaluations"]):
             save_checkpoint(self.dir / "best.pt", network=self.network, args=asdict(self.args))
         shown = [f"{name} {value:.3g}" for name, value in self.latest.items()][:4]
         if not Run.signal:  # else save first: what the output is piped into (tee) may have ended by the same Ctrl-C
             tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
-        self.started += time.perf_counter() - now
+        self.started = time.perf_counter() - seconds
 
     def tick(self, **counts: int):
         """Once per iteration: move the bar, save where a checkpoint is due, save and end where a signal asks for it."""

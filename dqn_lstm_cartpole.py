@@ -126,7 +126,7 @@ class Args:
     # environment
     env_id: str = "CartPole-v1"  # any Gymnasium id; module:EnvName-v0 imports your own module first
     hide: Literal["velocity", "none"] = "velocity"  # what CartPole-v0 and -v1 do not show; no effect elsewhere
-    num_envs: Annotated[int, 1, 1_000] = 16  # environments that step side by side
+    num_envs: Annotated[int, 1, 1_000] = 16  # environments side by side: one forward pass chooses all their actions
     vec_env: Literal["dummy", "subproc"] = "dummy"  # in this process; or a process each, for slow steps
     time_limit: Annotated[int | None, -1, 10**9] = None  # steps per episode instead of the environment's own; -1: none
 
@@ -357,7 +357,7 @@ def train(args: Args) -> dict:
 
         # Learn: one gradient step per train_frequency transitions, however many environments there are.
         learning_rate = linear_schedule(args.learning_rate, args.learning_rate_end, args.total_timesteps, global_step)
-        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # a resume loads the saved ones
+        optimizer.param_groups[0].update(lr=learning_rate, eps=args.optimizer_eps)  # eps too: a resume loads old ones
         while gradient_steps < (global_step - learning_starts) // args.train_frequency:
             batch = memory.sample(args.batch_size, args.sequence_length, args.burn_in, device)
             if args.initial_state == "zero":
@@ -375,7 +375,7 @@ def train(args: Args) -> dict:
             # One gradient step can flip greedy actions: an average of the weights is evaluated, at first of all steps.
             update_target(average_parameters, parameters, 1 / min(gradient_steps, args.average_steps))
 
-            # Update the target network every target_frequency transitions (at most once per gradient step).
+            # Update the target every target_frequency transitions (by default after each gradient step; never more).
             if (gradient_steps * args.train_frequency) % args.target_frequency < args.train_frequency:
                 update_target(target_parameters, parameters, args.tau)
             if gradient_steps % 100 == 0:
@@ -420,8 +420,8 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
         obs, _, dones, infos = envs.step(q_values[0].argmax(dim=1).tolist())
         state[dones] = 0.0
         for i, info in enumerate(infos):
-            # Each environment plays a number of episodes fixed beforehand: the first to end would be the short ones.
-            if "episode" in info and len(returns[i]) < (num_episodes + i) // n:  # these add up to num_episodes
+            # 100 on 8 environments: 12 or 13 each, fixed beforehand; the first 100 to end would be the short ones.
+            if "episode" in info and len(returns[i]) < (num_episodes + i) // n:
                 returns[i].append(info["episode"]["r"])
     envs.close()
     return np.concatenate(returns)
@@ -434,7 +434,7 @@ class FlatEnv(gym.Wrapper):
     def __init__(self, env: gym.Env):
         super().__init__(env)
         space, actions = env.observation_space, env.action_space
-        picture = isinstance(space, gym.spaces.Box) and len(space.shape) > (1 if space.dtype == np.uint8 else 2)
+        picture = isinstance(space, gym.spaces.Box) and len(space.shape) > 1 and np.prod(space.shape) > 4_000
         if picture or not space.is_np_flattenable or not isinstance(actions, gym.spaces.Discrete):
             needs = "this script needs vectors, discrete actions (pictures: dqn_atari.py; continuous: ppo_cartpole.py)"
             raise UsageError(f"--env-id {env.spec.id}: {space}, {actions}; {needs}")
@@ -664,17 +664,17 @@ class Run:
 
     def evaluate(self, global_step: int, seed: int):
         """Evaluate the network, off the clock, and keep it as best.pt if none was better before."""
-        now = time.perf_counter()
+        self.check_finite(global_step, network=sum(p.sum() for p in self.network.parameters()).item())
+        seconds = time.perf_counter() - self.started
         returns = evaluate(self.args, self.network, self.args.eval_episodes, seed)
-        mean, seconds = float(returns.mean()), now - self.started
-        self.log(global_step, "eval", return_mean=mean, return_min=float(returns.min()))
+        self.log(global_step, "eval", return_mean=(mean := float(returns.mean())), return_min=float(returns.min()))
         self.record["evaluations"].append([global_step, mean, seconds])
         if not any(earlier > mean for _, earlier, _ in self.record["evaluations"]):
             save_checkpoint(self.dir / "best.pt", network=self.network, args=asdict(self.args))
         shown = [f"{name} {value:.3g}" for name, value in self.latest.items()][:4]
         if not Run.signal:  # else save first: what the output is piped into (tee) may have ended by the same Ctrl-C
             tqdm.write(f"{global_step:>10,} steps {seconds:7.1f} s  eval {mean:7.1f}  {'  '.join(shown)}")
-        self.started += time.perf_counter() - now
+        self.started = time.perf_counter() - seconds
 
     def tick(self, **counts: int):
         """Once per iteration: move the bar, save where a checkpoint is due, save and end where a signal asks for it."""

@@ -747,19 +747,22 @@ def test_a_run_directory_of_its_own_has_a_name_that_every_disk_takes(tmp_path, m
     assert first != second and all(Path(run, "result.json").exists() for run in (first, second))
 
 
-def test_a_network_that_is_no_number_is_not_saved(tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", [True, False])  # the evaluation, which may write best.pt
+def test_a_network_that_is_no_number_is_not_saved(before, tmp_path, monkeypatch):
     module, evaluate = load(SCRIPT), load(SCRIPT).Run.evaluate
 
-    def spoil(run, *args):  # after the checks of what is learned from, before the checkpoint of the same step
-        evaluate(run, *args)
+    def spoil(run, *args):  # after the checks of what is learned from, before what is written at the same step
+        before or evaluate(run, *args)
         if run.counts["global_step"] > 200:
             next(run.network.parameters()).data.fill_(math.nan)
+        before and evaluate(run, *args)
 
     monkeypatch.setattr(module.Run, "evaluate", spoil)
     with pytest.raises(SystemExit, match="the network is not finite at step 400"):
         train("dqn_cartpole", tmp_path / "run", checkpoint_every=100, eval_every=200)
     assert checkpoint_of(tmp_path / "run")["counts"]["global_step"] == 300
-    assert finite(checkpoint_of(tmp_path / "run")["network"])
+    for name in ("last.pt", "best.pt"):
+        assert finite(torch.load(tmp_path / "run" / name, weights_only=True)["network"])
 
 
 # --- When things are due ---

@@ -76,7 +76,7 @@ def test_training_workers_and_evaluation_see_the_same_vectors(name, vec_env, env
     assert inputs(name, f"toy_envs:{env_id}", vec_env=vec_env) == expected
 
 
-@pytest.mark.parametrize("env_id", ["Mixture-v0", "Matrix-v0"])
+@pytest.mark.parametrize("env_id", ["Mixture-v0", "Matrix-v0", "Board-v0"])
 @each_script
 def test_what_is_no_vector_is_flattened(name, env_id, play):
     module = load(ROOT / f"{name}.py")

@@ -136,7 +136,7 @@ class Cue(gym.Env):
 
 
 class Image(Constant):
-    def __init__(self, shape=(8, 8, 3), dtype=np.uint8, render_mode=None):
+    def __init__(self, shape=(40, 40, 3), dtype=np.uint8, render_mode=None):
         super().__init__(render_mode)
         self.observation_space = gym.spaces.Box(0, 255, shape, dtype)
 
@@ -385,6 +385,14 @@ class Matrix(Walk):
         return self.shown
 
 
+class Board(Matrix):
+    observation_space = gym.spaces.Box(0, 255, (7, 7, 3), np.uint8)  # a grid of MiniGrid, small for a picture
+
+    def see(self):
+        self.shown = self.np_random.integers(0, 255, (7, 7, 3), np.uint8)
+        return self.shown
+
+
 class Positions(CartPoleEnv):
     """CartPole that shows two of its four numbers."""
 
@@ -531,8 +539,9 @@ gym.register("Blank-v0", entry_point=Blank, disable_env_checker=True, max_episod
 for name, which in {"NanFirst-v0": 1, "NanLater-v0": 30}.items():
     gym.register(name, entry_point=NanReset, disable_env_checker=True, max_episode_steps=5, kwargs={"which": which})
 for entry_point in (
-    *(Walk, Forms, Fractions, OneInfo, GlobalRandom, Samples, IntSeed, Counted, Item, StartsAtOne, Aliases, Table),
-    *(Mixture, Matrix, Positions, BrokenInit, Huge, Signals, Simulator, LongFilm, Pictures, FixedMode, ForgetsMode),
+    *(Walk, Forms, Fractions, OneInfo, GlobalRandom, Samples, IntSeed, Counted, Item, StartsAtOne, Aliases),
+    *(Table, Mixture, Matrix, Board, Positions, BrokenInit, Huge, Signals, Simulator, LongFilm, Pictures, FixedMode),
+    *(ForgetsMode,),
 ):
     gym.register(f"{entry_point.__name__}-v0", entry_point=entry_point)
 gym.register("WithStatistics-v0", entry_point=with_statistics)
