@@ -35,7 +35,7 @@ OWN_LINES = {
 # Of the plumbing: all lines, and those that are neither blank nor comment nor docstring.
 MAX_PLUMBING, MAX_PLUMBING_CODE = 240, 190
 MAX_LINES = {"dqn_cartpole": 620, "dqn_vecenv": 717, "ppo_cartpole": 654, "dqn_lstm_cartpole": 783, "dqn_atari": 912}
-MAX_DOCSTRING = defaultdict(lambda: 50, dqn_cartpole=30, ppo_cartpole=30)
+MAX_DOCSTRING = defaultdict(lambda: 50, dqn_cartpole=30, dqn_vecenv=30, ppo_cartpole=30)
 RUN_FILES = {"args.json", "progress.csv", "best.pt", "last.pt", "result.json"}
 RESULTS = {
     *("global_step", "gradient_steps", "seconds", "final_return_mean", "final_return_min", "final_return_std"),
