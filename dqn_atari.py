@@ -7,7 +7,7 @@
 # ///
 """DQN on Atari: deep Q-learning from pixels (Mnih et al., Nature 518, 2015).
 
-    y = r_1 + ... + gamma^(n-1) * r_n + gamma^n * max_a' Q_target(s_n, a')    the target; n is 3, and later 1
+    y = r_1 + ... + gamma^(n-1) * r_n + gamma^n * max_a' Q_target(s_n, a')    n: 3, later 1; no max after a lost life
     L = mean of Huber(y - Q(s, a))    the loss, over a minibatch; its gradient is the paper's clipped error
 
 The algorithm of dqn_cartpole.py, which is the script to read first, with what pixels ask for: a preprocessing that
@@ -20,9 +20,9 @@ other environment whose observation is one 84x84 grey frame is learned too (docs
     python dqn_atari.py --resume runs/NAME
     python dqn_atari.py --play runs/NAME/best.pt --render
 
-Breakout without a GPU, mean score of the last 100 training games: at a million transitions 88 after an hour on two
-cores (seed 1), and 75 to 84 on one thread (seeds 1 to 3); seed 1 on one thread 325 at 7.69 million, not run to its end.
-Pong as above ends after 28 minutes on two cores (seed 3), on one thread after 49, 58 and 65 (seeds 1 to 3). bfloat16.
+Without a GPU, in bfloat16. Breakout, mean score of the last 100 training games: at a million transitions 88 after an
+hour on two cores (seed 1), 75 to 84 on one thread (seeds 1 to 3); 325 at 7.69 million (seed 1, one thread, stopped).
+Pong as above ends after 28 minutes on two cores (seed 3), on one thread after 49, 58 and 65 (seeds 1 to 3).
 
 Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, seed 1, one thread
     return_mean_100      1.2        22       45       84           (whole games; a random player: about 1.3)
@@ -33,10 +33,10 @@ Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. An Atari game's train/episode_length counts emulator frames, those of no-ops and FIRE too. A memory of a
 million transitions takes 7 GB, each game's process 17 MB (Windows: some 160). Without --checkpoint-memory a resumed run
-begins with an empty memory, and plays --learning-starts transitions before it learns on (in a long run, give more).
+begins with an empty memory, and plays --learning-starts transitions (in a long run, give more) before it learns on.
 
-A training episode is a life; an evaluation plays the whole game. In both, each further life begins with a no-op and,
-where action 1 is FIRE, actions 1 and 2: the agent never learns that FIRE begins a life, so evaluations press it too.
+A training episode is a life; an evaluation plays the whole game. In both, a life begins with no-ops and, where action 1
+is FIRE, actions 1 and 2: the agent never learns that FIRE begins a life, so evaluations press it too.
 train/episode_return is still the score of a whole game, unclipped.
 
 Differences from the paper: Adam, its learning rate falling from 2e-4 to 5e-5, instead of RMSProp; for the first million
@@ -44,8 +44,8 @@ transitions three-step returns (Hessel et al., "Rainbow", AAAI 2018), which carr
 He initialisation, as ReLUs died on Pong with PyTorch's; a gradient step every 6 actions instead of 4, so that an hour
 holds more play; target copies every 667 gradient steps instead of 10,000; 10 million transitions instead of 50; epsilon
 down to 0.01 after 250,000 instead of 0.1 after 1 million; learning from 20,000 on instead of 50,000; evaluations of
-whole games at epsilon 0.01, not of 5 minutes at 0.05; FIRE pressed for the agent; several games side by side; a
-bootstrap where a game runs out of time; bfloat16 on processors with instructions for it. As in the paper, there are no
+whole games at epsilon 0.01, not of 5 minutes at 0.05; FIRE pressed for the agent; several games side by side; max Q
+kept where a game runs out of time; bfloat16 on processors with instructions for it. As in the paper, there are no
 double or dueling networks, and no prioritised replay.
 
 Differences from dqn_cartpole.py: AtariGame, PixelEnv and push_frames; a convolutional network; a memory of frames, as
@@ -102,7 +102,7 @@ class Args:
     train_frequency: Count = 6  # transitions played per gradient step
     target_frequency: Count = 4_000  # transitions per copy of the network into the target network
     gamma: Fraction = 0.99  # discount per step
-    n_step: Annotated[int, 1, 1_000] = 3  # rewards in a target before the bootstrap; no off-policy correction
+    n_step: Annotated[int, 1, 1_000] = 3  # rewards in a target before max Q; no off-policy correction
     n_step_until: Count = 1_000_000  # transitions after which n is 1
     buffer_size: Annotated[int | None, 1, 10**9] = None  # frames in the memory (default: 1,000,000 or 0.9 of what fits)
     batch_size: Count = 32  # transitions in a minibatch
@@ -120,7 +120,7 @@ class Args:
     learning_rate_steps: Count = 1_500_000  # transitions over which the learning rate falls, in a straight line
     optimizer_eps: Positive = 1e-8  # Adam's epsilon: added to the denominator of its step
     loss: Literal["mse", "huber"] = "huber"  # squared TD error; huber: half of it, but linear for errors beyond 1
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on an x86 CPU with it, without a GPU
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 if the CPU has it and there is no GPU
 
     # environment
     env_id: str = "BreakoutNoFrameskip-v4"  # or ALE/{Game}-v5: sticky actions; or module:Env-v0 with frames of your own
@@ -154,24 +154,6 @@ class Args:
         require(self, "learning_starts", fits, "give at least --num-envs and less than --total-timesteps")
 
 
-def fit_memory(args: Args):
-    """Set args.buffer_size to its default; refuse what does not fit: once full, hours later, it would end the run."""
-    free, limit = psutil.virtual_memory().available, Path(CONTAINER_LIMIT)
-    if limit.exists() and limit.read_text() != "max\n":
-        used = limit.with_name("memory.stat").read_text().split()[1]  # anon: without the file cache
-        free = min(free, int(limit.read_text()) - int(used))
-    each = 1.75e7 if "forkserver" in multiprocessing.get_all_start_methods() else 1.6e8  # bytes of a worker
-    free -= max(3e8, 1.6e8 + each * args.num_envs * (args.vec_env == "subproc"))  # the rest of the run, at least 0.3 GB
-    fit = max(0, int(0.9 * free)) // (84 * 84 + 8)  # transitions: a frame and 8 bytes each; a tenth stays free
-    if args.buffer_size is None:  # 0.9 of what fits: it has to fit again at a resume, with less memory free
-        args.buffer_size = min(1_000_000, math.ceil(0.9 * fit))
-        if args.buffer_size < 1_000_000:
-            print(f"the replay memory holds {args.buffer_size:,} transitions, not 1,000,000: 0.9 of what fits")
-        enough = args.learning_starts <= args.buffer_size
-        require(args, "learning_starts", enough, f"the replay memory that fits holds {args.buffer_size:,}")
-    require(args, "buffer_size", args.buffer_size <= fit, f"{fit:,} transitions fit into free memory")
-
-
 # === Network ==========================================================================================================
 class QNetwork(nn.Module):
     """Q(s, a) for all actions at once: obs (B, 4, 84, 84) uint8 -> q_values (B, num_actions).
@@ -181,7 +163,7 @@ class QNetwork(nn.Module):
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # its instructions; torch 2.11 cannot tell
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()  # the CPU's instructions; none known in an older torch
         has_bfloat16 = not torch.cuda.is_available() and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
         auto = torch.bfloat16 if has_bfloat16 else torch.float32
         self.precision = auto if args.precision == "auto" else getattr(torch, args.precision)
@@ -210,7 +192,7 @@ class QNetwork(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        # Pixels are scaled only here: in place, as a second array would cost more, on a copy, to spare the caller's.
+        # Pixels are scaled only here: on a copy, to spare the caller's array, and in place, to spare a second copy.
         pixels = obs.to(self.precision, copy=True).div_(255.0)
         with torch.autocast(obs.device.type, self.precision, enabled=self.precision != torch.float32):
             features = self.layers(pixels)
@@ -219,6 +201,17 @@ class QNetwork(nn.Module):
 
 
 # === Replay memory ====================================================================================================
+def push_frames(stacks: np.ndarray, frames: np.ndarray, ended: np.ndarray):
+    """Append frames (n, 84, 84) to the stacks (n, 4, 84, 84), newest last, in place.
+
+    One frame does not tell which way the ball flies; four do. Built here rather than in the workers, so that a quarter
+    of the bytes cross the pipes. Where an episode ended, frames holds the first one of the next: its stack starts anew.
+    """
+    stacks[:, :-1] = stacks[:, 1:]
+    stacks[ended] = 0
+    stacks[:, -1] = frames
+
+
 class Batch(NamedTuple):
     """B transitions, or chains of m <= n_step: obs and actions of the first, next_obs and terminated of the last."""
 
@@ -227,7 +220,7 @@ class Batch(NamedTuple):
     rewards: torch.Tensor  # (B,): r_t + gamma * r_(t+1) + ... over the m transitions
     next_obs: torch.Tensor  # (B, 4, 84, 84) uint8: m steps later
     terminated: torch.Tensor  # (B,), 1.0 or 0.0; 0.0 also where only time ran out
-    discounts: torch.Tensor  # (B,): gamma^m, which multiplies the bootstrap
+    discounts: torch.Tensor  # (B,): gamma^m, the factor of max Q in the target
 
 
 class ReplayMemory:
@@ -253,26 +246,26 @@ class ReplayMemory:
             "starts": np.zeros(self.capacity, bool),  # first observation of an episode: its stack holds zeros before it
             "drawable": np.zeros(self.capacity, bool),
         }
-        self.newest = np.arange(num_envs) - num_envs  # (n,) of each one's newest frame; begin makes it 0 .. n - 1
-        self.filled = 0  # no index from here on has been written
+        self.newest = np.arange(num_envs) - num_envs  # (num_envs,): index of each newest frame; none yet
+        self.filled = 0  # highest index written, + 1; gaps below it (some rings are ahead) are not drawable
 
     def begin(self, frames: np.ndarray):
         """Store the first observations, (n, 84, 84), after a reset of all environments."""
         self._write(np.arange(self.num_envs), frames, starts=True)
 
-    def add(self, actions, rewards, next_frames, terminated, ended, new_frames):
+    def add(self, actions, rewards, next_frames, terminated, dones, frames):
         """Store a step of all environments, arrays of (num_envs, ...).
 
-        next_frames: what the actions led to, also where that ended an episode. new_frames: what the next actions are
-        chosen from; it differs where ended is true, and is stored there as the start of an episode.
+        next_frames: what the actions led to, also where that ended an episode. frames: what the next actions are
+        chosen from; it differs where dones is true, and is stored there as the start of an episode.
         """
         self.arrays["actions"][self.newest] = actions
         self.arrays["rewards"][self.newest] = rewards
         self.arrays["terminated"][self.newest] = terminated
         self.arrays["drawable"][self.newest] = True
         self._write(np.arange(self.num_envs), next_frames, starts=False)
-        if ended.any():
-            self._write(np.flatnonzero(ended), new_frames[ended], starts=True)
+        if dones.any():
+            self._write(np.flatnonzero(dones), frames[dones], starts=True)
 
     def _write(self, envs: np.ndarray, frames: np.ndarray, starts: bool):
         index = (self.newest[envs] + self.num_envs) % self.capacity
@@ -335,11 +328,11 @@ class ReplayMemory:
 def td_loss(q_values: torch.Tensor, next_q_values: torch.Tensor, batch: Batch, loss_function):
     """Return the TD loss (Mnih et al. 2015), and Q(s, a) of the actions taken, (B,).
 
-    y = r + gamma * max_a' Q_target(s', a')    where the episode went on, or only ran out of time (truncated)
-    y = r                                      where it terminated: rewards of the next life are not part of this return
+    y = r + gamma^m * max_a' Q_target(s', a')    where the episode went on, or only ran out of time (truncated)
+    y = r                                        where it terminated: the rewards of the next life are not counted
 
-    With n-step returns r is the sum of m <= n discounted rewards, s' is m steps later, and gamma^m takes the place of
-    gamma (batch.discounts). The actions in between are those of old networks, or random, and nothing corrects for it.
+    With n-step returns a transition is m <= n steps: r is the sum of their discounted rewards, s' comes after the last,
+    gamma^m is batch.discounts. The later actions are those of old networks, or random, and nothing corrects for it.
     q_values: Q(s, .), (B, A). next_q_values: Q_target(s', .), (B, A), without gradient: only Q(s, a) is trained.
     """
     q_taken = q_values.gather(1, batch.actions.unsqueeze(1)).squeeze(1)  # (B, A) -> (B,)
@@ -384,7 +377,7 @@ def train(args: Args) -> dict:
     envs.seed((train_seed + global_step) % 2**30)  # environment i gets this + i; a resumed run gets new episodes
     frames = envs.reset()
     memory.begin(frames)
-    stacks = np.zeros((args.num_envs, 4, 84, 84), np.uint8)  # what each environment's actor sees
+    stacks = np.zeros((args.num_envs, 4, 84, 84), np.uint8)  # the observations to act on: each one's last four frames
     push_frames(stacks, frames, ended=np.ones(args.num_envs, bool))
 
     while global_step < args.total_timesteps and run.mean_return(at_least=100) < args.target_return:
@@ -449,7 +442,7 @@ def train(args: Args) -> dict:
 def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env_options) -> np.ndarray:
     """Play num_episodes whole games at eval_epsilon, num_envs side by side; return their scores, unclipped."""
     n, device = min(args.num_envs, num_episodes), next(network.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # its own: evaluations change no random number of the training
     envs = DummyVecEnv([partial(make_env, args, evaluation=True, **env_options)] * n)
     envs.seed(seed)
     stacks, returns = np.zeros((n, 4, 84, 84), np.uint8), [[] for _ in range(n)]
@@ -473,15 +466,15 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 class AtariGame(gym.Wrapper):
     """A game as the agent meets it: one 84x84 grey frame and one reward per action, held for 4 emulator frames.
 
-    The preprocessing of the Nature paper (Mnih et al., 2015, Methods), in one class so that its order can be read. Four
-    frames per action: a reward follows its cause after a quarter as many steps, and things move visibly from one
-    observation to the next. Only screens 3 and 4 are fetched, straight from the emulator: env.step is never called.
+    The paper's preprocessing in one class (SB3's NoopReset, MaxAndSkip, EpisodicLife, FireReset, Warp and ClipReward).
+    Four frames per action: a reward follows its cause after a quarter as many steps, and things move visibly from step
+    to step. Only screens 3 and 4 are fetched, straight from the emulator: env.step is never called.
 
     training=True   an episode is one life
     training=False  an episode is a whole game; step() begins the next life
 
-    At the step in which a game ended (in training, the next one where the no-op or FIRE after a lost life ended it),
-    info["episode"] holds its raw score "r" and its length "l" in emulator frames, no-ops included.
+    Where a game has ended, info["episode"] holds its raw score "r" and its length "l" in emulator frames, with no-ops:
+    at that step; in training, if the no-op or FIRE after a lost life ended it, at the first step of the next episode.
     """
 
     def __init__(self, env: gym.Env, training: bool, clip: bool):
@@ -491,7 +484,7 @@ class AtariGame(gym.Wrapper):
         meanings = env.unwrapped.get_action_meanings()
         self.actions = [ale_py.Action[meaning] for meaning in meanings]
         self.start_actions = self.actions[1:3] if meanings[1] == "FIRE" else []  # as SB3's FireResetEnv
-        self.screens = np.zeros((2, *self.ale.getScreenDims(), 3), np.uint8)  # the last two emulator frames
+        self.screens = np.zeros((2, *self.ale.getScreenDims(), 3), np.uint8)  # screens 3 and 4; _observe overwrites [0]
         self.observation_space = gym.spaces.Box(0, 255, (84, 84), np.uint8)
         self.metadata = {**env.metadata, "render_fps": 15}  # 60 emulator frames per second, 4 per step
         self.score, self.lives, self.game_over = 0, 0, True  # of the current game; the score is raw
@@ -500,7 +493,7 @@ class AtariGame(gym.Wrapper):
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         lives = self.lives
         reward, terminated, truncated = self._repeat(self.actions[action])
-        # Begin the next life with the same actions as reset() in training. The stack of frames is not emptied.
+        # Begin the next life as reset() does in training. But the stack of frames stays: here the game just goes on.
         while not self.training and 0 < self.lives < lives:
             lives = self.lives  # in a loop: these actions may lose another
             for start_action in (ale_py.Action.NOOP, *self.start_actions):  # after the game's end they do nothing
@@ -567,7 +560,7 @@ class AtariGame(gym.Wrapper):
 
 
 class PixelEnv(gym.Wrapper):
-    """An environment that is no Atari game, with (84, 84) uint8 frames: copied, and with an info like AtariGame's."""
+    """Any other environment with (84, 84) uint8 frames: copied, as it may reuse its array; the info is AtariGame's."""
 
     def __init__(self, env: gym.Env, clip: bool):
         super().__init__(env)
@@ -650,23 +643,30 @@ def make_envs(args: Args):
         raise (SystemExit(128 + Run.signal) if Run.signal else failed) from None
 
 
-def push_frames(stacks: np.ndarray, frames: np.ndarray, ended: np.ndarray):
-    """Append frames (n, 84, 84) to the stacks (n, 4, 84, 84), newest last, in place.
-
-    One frame does not tell which way the ball flies; four do. Built here rather than in the workers, so that a quarter
-    of the bytes cross the pipes. Where an episode ended, frames holds the first one of the next: its stack starts anew.
-    """
-    stacks[:, :-1] = stacks[:, 1:]
-    stacks[ended] = 0
-    stacks[:, -1] = frames
-
-
 def select_device(name: str, auto: str) -> torch.device:
     """Return the device of that name; for "auto", the one that the script prefers."""
     try:
         return torch.zeros(1, device=auto if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}; try auto, cpu, cuda:N or mps") from None
+
+
+def fit_memory(args: Args):
+    """Set args.buffer_size to its default; refuse what does not fit: once full, hours later, it would end the run."""
+    free, limit = psutil.virtual_memory().available, Path(CONTAINER_LIMIT)
+    if limit.exists() and limit.read_text() != "max\n":
+        used = limit.with_name("memory.stat").read_text().split()[1]  # anon: without the file cache
+        free = min(free, int(limit.read_text()) - int(used))
+    worker = 1.75e7 if "forkserver" in multiprocessing.get_all_start_methods() else 1.6e8  # bytes of one process
+    free -= max(3e8, 1.6e8 + worker * args.num_envs * (args.vec_env == "subproc"))  # for all else, 0.3 GB or more
+    fit = max(0, int(0.9 * free)) // (84 * 84 + 8)  # frames, each with 8 bytes of other columns; a tenth stays free
+    if args.buffer_size is None:  # 0.9 of what fits: it has to fit again at a resume, with less memory free
+        args.buffer_size = min(1_000_000, math.ceil(0.9 * fit))
+        if args.buffer_size < 1_000_000:
+            print(f"the replay memory holds {args.buffer_size:,} frames, not 1,000,000: 0.9 of what fits")
+        enough = args.learning_starts <= args.buffer_size
+        require(args, "learning_starts", enough, f"the replay memory that fits holds {args.buffer_size:,}")
+    require(args, "buffer_size", args.buffer_size <= fit, f"{fit:,} frames fit into free memory")
 
 
 # ######################################################################################################################

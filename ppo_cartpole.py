@@ -14,22 +14,22 @@ network V(s) expected, and the policy moves towards the better ones. A rollout s
 only while pi stays close to pi_old, the policy that played it: clipping takes away the incentive to go further.
 
     python ppo_cartpole.py
-    python ppo_cartpole.py --resume runs/NAME --total-timesteps 120000    # the learning rate rises again
+    python ppo_cartpole.py --resume runs/NAME --total-timesteps 120000    # rate and clip range are back at half
     python ppo_cartpole.py --play runs/NAME/best.pt --render
 
 Measured, seeds 1 to 20: the final network's greedy return over 100 episodes is 500.0 on 19 (95 % interval of that rate:
 75 to 99.9 %) and 499.3 on one, in 4 s each. (The defaults were chosen on seeds 1 to 10, with other environment seeds.)
 
 Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of 20 seeds; lowest and highest at the end)
-    evaluation           239        500        500          (500 to 500)
+    evaluation           239        500        500          (500 to 500; 16 episodes)
     return_mean_100      35         208        444          (367 to 482: training episodes explore)
     entropy              0.57       0.48       0.36         (0.30 to 0.49; 0.69 = log 2: both actions equally likely)
 
-Differences from the paper: as in its authors' code (openai/baselines, ppo2), orthogonal initial weights, advantages
-normalised in each minibatch, a clipped gradient, and half the squared error as the value loss (that code takes a
-quarter, and clips it too). Where only time ran out, V of the last observation stands for the rewards to come. As in the
-paper: learning rate and clip range fall to 0 (its Atari games), and continuous actions come from a Gaussian
-(docs/results.md has three such tasks).
+Differences from the paper: orthogonal initial weights, advantages normalised in each minibatch and a clipped gradient,
+as in its authors' code (openai/baselines, ppo2); half the squared error as the value loss (that code: a quarter, also
+clipped); where only time ran out, V of the last observation stands for the rewards to come. Not different: learning
+rate and clip range fall to 0 (in the paper on Atari), and continuous actions come from a Gaussian (docs/results.md has
+three such tasks).
 """
 
 import argparse
@@ -166,7 +166,7 @@ def compute_gae(rewards, values, ended, gamma: float, gae_lambda: float):
     delta_t = r_t + gamma * goes_on_t * V(s_(t+1)) - V(s_t)     goes_on_t: 0 where an episode ended after step t, else 1
     A_t     = delta_t + gamma * lambda * goes_on_t * A_(t+1)    A_T = 0; return_t = A_t + V(s_t)
 
-    rewards, ended: (T, N). values: (T + 1, N), the last row of the observations after the last step.
+    rewards, ended: (T, N). values: (T + 1, N); row T: of the observations after the last step.
     Where only time ran out, r_t already holds gamma * V(last observation).
     """
     goes_on = 1.0 - ended
@@ -257,12 +257,12 @@ def train(args: Args) -> dict:
             for t in range(args.num_steps):
                 policy = network(torch.from_numpy(rollout.obs[t]).to(device)).cpu()
                 run.check_finite(global_step, observation=rollout.obs[t], policy=policy.numpy())
-                actions = choose_actions(policy, envs.action_space).numpy()  # (N,), or (N, n) of floats
+                rollout.actions[t] = actions = choose_actions(policy, envs.action_space).numpy()  # (N,) or (N, n)
+                # Where an episode ended, obs[t + 1] is already the first of the next one; its own last one is in infos.
                 rollout.obs[t + 1], rollout.rewards[t], rollout.ended[t], infos = envs.step(actions.tolist())
-                rollout.actions[t] = actions  # where an episode ended, obs[t + 1] is the first one of the next
-                for i in np.flatnonzero([info["TimeLimit.truncated"] for info in infos]):  # only time ran out:
+                for i in np.flatnonzero([info["TimeLimit.truncated"] for info in infos]):  # where only time ran out:
                     terminal_obs = torch.from_numpy(infos[i]["terminal_observation"]).to(device)
-                    rollout.rewards[t, i] += args.gamma * network.value(terminal_obs).item()  # for what was to come
+                    rollout.rewards[t, i] += args.gamma * network.value(terminal_obs).item()  # V for what would follow
                 global_step += args.num_envs
                 run.log_episodes(global_step, infos)
 
@@ -292,7 +292,7 @@ def train(args: Args) -> dict:
             if approx_kl(log_ratio) > args.target_kl:
                 break
 
-        # Log: of the last minibatch, before its gradient step; of the rollout, how well V (returns - advantages) fits.
+        # Log the last minibatch, before its gradient step; explained_variance is of the rollout (returns - A are V).
         run.check_finite(global_step, observation=rollout.obs[-1], reward=rollout.rewards, loss=loss.item())
         metrics = {"policy_loss": policy_loss.item(), "value_loss": value_loss.item(), "entropy": entropy.mean().item()}
         metrics["approx_kl"] = approx_kl(log_ratio)
@@ -329,7 +329,7 @@ def evaluate(args: Args, network: nn.Module, num_episodes: int, seed: int, **env
 
 # === Environment ======================================================================================================
 class FlatEnv(gym.Wrapper):
-    """Gives an environment the form that the rest relies on: float32 vectors out, actions in as sample() gives them."""
+    """Gives an environment the form that the rest relies on: float32 vectors out; an integer or any floats in."""
 
     def __init__(self, env: gym.Env):
         super().__init__(env)

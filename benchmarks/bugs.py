@@ -129,7 +129,7 @@ BUGS = [
         "test_atari_memory.py::test_next_obs_of_an_ended_episode_is_its_last_observation",
         "`next_obs` is read from the next slot of the memory: after an end, the first frame of the next episode",
         "self._write(np.arange(self.num_envs), next_frames, starts=False)",
-        "self._write(np.arange(self.num_envs), new_frames, starts=False)", None),
+        "self._write(np.arange(self.num_envs), frames, starts=False)", None),
     Bug("reset-frame-as-next", ATARI, "test_atari_memory.py::test_training_stores_the_last_frame_of_an_episode_too",
         "the same, because the loop does not read the info",
         'next_frames[i] = infos[i]["terminal_observation"]', "pass", None),

@@ -82,10 +82,10 @@ def test_a_memory_that_does_not_fit_shrinks_unless_it_was_asked_for(free, limit,
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
     fit_memory(default := Args())
     assert default.buffer_size == 114_666  # 0.81 GB: room is left for other things, and for less room at a resume
-    assert "the replay memory holds 114,666 transitions, not 1,000,000: 0.9 of what fits" in capsys.readouterr().out
+    assert "the replay memory holds 114,666 frames, not 1,000,000: 0.9 of what fits" in capsys.readouterr().out
     fit_memory(asked := Args(buffer_size=127_000))  # 0.9 GB
     assert asked.buffer_size == 127_000 and capsys.readouterr().out == ""
-    with pytest.raises(ValueError, match="--buffer-size 130000: 127,406 transitions fit"):
+    with pytest.raises(ValueError, match="--buffer-size 130000: 127,406 frames fit"):
         fit_memory(Args(buffer_size=130_000))
     with pytest.raises(ValueError, match="--learning-starts 120000: the replay memory that fits holds 114,666"):
         fit_memory(Args(learning_starts=120_000))  # it would forget before it learns
@@ -115,7 +115,7 @@ def test_a_run_whose_memory_shrank_is_resumed_with_the_same_where_less_is_free(t
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=3.095e8))
     args = saved["args"] | {"resume": str(tmp_path / "run"), "run_dir": "", "total_timesteps": 280}
     assert train(Args(**args))["gradient_steps"] == 20
-    with pytest.raises(ValueError, match="--buffer-size 1147: 1,146 transitions fit into free memory"):
+    with pytest.raises(ValueError, match="--buffer-size 1147: 1,146 frames fit into free memory"):
         monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=3.09e8))
         train(Args(**args))
 
