@@ -21,14 +21,14 @@ other environment whose observation is one 84x84 grey frame is learned too (docs
     python dqn_atari.py --play runs/NAME/best.pt --render
 
 Without a GPU, in bfloat16. Breakout, mean score of the last 100 training games: at a million transitions 88 after an
-hour on two cores (seed 1), 75 to 84 on one thread (seeds 1 to 3); 325 at 7.69 million (seed 1, one thread, stopped).
+hour on two cores (seed 1), 75 to 84 on one thread (seeds 1 to 3); 346 at 10 million (seed 1, one thread).
 Pong as above ends after 28 minutes on two cores (seed 3), on one thread after 49, 58 and 65 (seeds 1 to 3).
 
-Is my run healthy?       at 50,000  250,000  500,000  1,000,000    transitions, seed 1, one thread
-    return_mean_100      1.2        22       45       84           (whole games; a random player: about 1.3)
-    evaluation           -          30       46       142          (of 5 games: noisy)
-    loss                 0.003      0.018    0.024    0.032        (medians of the 50,000 before; it has spikes)
-    q_taken              0.1        1.1      1.9      2.7          (the same)
+Is my run healthy?       at 250,000   500,000  1,000,000  4,000,000  10,000,000  transitions, seed 1, one thread
+    return_mean_100         22        45       84         270        346        (whole games; a random player: 1.3)
+    evaluation              30        46       142        279        339        (of 5 games: noisy)
+    loss                    0.018     0.024    0.032      0.038      0.027      (medians of the 50,000 before; spiky)
+    q_taken                 1.1       1.9      2.7        5.7        6.1        (the same)
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. An Atari game's train/episode_length counts emulator frames, those of no-ops and FIRE too. A memory of a
