@@ -32,7 +32,7 @@ Is my run healthy?       at 250,000   500,000  1,000,000  4,000,000  10,000,000 
 
 Units: a transition is one action, held for 4 emulator frames; 10 million transitions are 40 million frames, 185 hours
 of play. An Atari game's train/episode_length counts emulator frames, those of no-ops and FIRE too. A memory of a
-million transitions takes 7 GB, each game's process 17 MB (Windows: some 160). Without --checkpoint-memory a resumed run
+million transitions takes 7 GB, each game's process 17 MB (when spawned: 160). Without --checkpoint-memory a resumed run
 begins with an empty memory, and plays --learning-starts transitions (in a long run, give more) before it learns on.
 
 A training episode is a life; an evaluation plays the whole game. In both, a life begins with no-ops and, where action 1

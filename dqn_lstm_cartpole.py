@@ -151,7 +151,7 @@ class Args:
         check_args(self)
         fits = self.num_envs <= self.learning_starts < self.total_timesteps
         require(self, "learning_starts", fits, "give at least --num-envs and less than --total-timesteps")
-        # Where the loss begins: at step 0 without burn-in, at burn_in or later with it. The first must reach burn_in.
+        # Loss begins at step 0, or, after a burn-in, at burn_in or later: the first kind must cover the steps between.
         require(self, "burn_in", self.burn_in <= self.sequence_length, "give at most --sequence-length")
 
 

@@ -541,7 +541,7 @@ for name, which in {"NanFirst-v0": 1, "NanLater-v0": 30}.items():
 for entry_point in (
     *(Walk, Forms, Fractions, OneInfo, GlobalRandom, Samples, IntSeed, Counted, Item, StartsAtOne, Aliases),
     *(Table, Mixture, Matrix, Board, Positions, BrokenInit, Huge, Signals, Simulator, LongFilm, Pictures, FixedMode),
-    *(ForgetsMode,),
+    ForgetsMode,
 ):
     gym.register(f"{entry_point.__name__}-v0", entry_point=entry_point)
 gym.register("WithStatistics-v0", entry_point=with_statistics)
