@@ -18,7 +18,7 @@ from a memory of transitions (s, a, r, s'), which mixes many episodes; and Q_tar
     python dqn_cartpole.py --resume runs/NAME --total-timesteps 200000    # 200,000 in all: the rate is back at half
     python dqn_cartpole.py --play runs/NAME/best.pt --render
 
-Seeds 1 to 20: the final network's greedy return is 500.0 on 19 (95 % interval: 75 to 99.9 %), 490.8 on one; 31 s each.
+Seeds 1 to 20: the final network's greedy return is 500.0 on 19 (95 % interval: 75 to 99.9 %), 490.8 on one; 31 to 36 s.
 
 Is my run healthy?       at 10 %    at 50 %    at 100 %     (medians of 20 seeds; lowest and highest at the end)
     evaluation           250        500        500          (16 episodes; 489 to 500; it rises, falls, rises again)
